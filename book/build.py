@@ -1,0 +1,143 @@
+"""Run the notebooks and build the book.
+
+    python book/build.py run    run every notebook now, as tests
+    python book/build.py        run the notebooks that changed, then build _build/html
+
+A notebook runs once for both: the executed copy is kept in `build/notebooks` together with the
+fingerprint of everything that its result depends on, and the book is made from those copies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from check_pages import problems
+from generated import notebook_table, result_tables, status_page
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+EXECUTED = BUILD / "notebooks"  # copies of the notebooks, with their outputs
+RECORD = BUILD / "notebooks.json"  # what happened when they ran
+SOURCE = BUILD / "source"  # what Sphinx reads
+HTML = ROOT / "_build" / "html"
+
+
+def versions() -> dict[str, str]:
+    """What the notebooks ran on."""
+    packages = ("torch", "torchvision", "diffusers", "accelerate", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def fingerprint(notebook: Path) -> str:
+    """Hash of what a notebook's result depends on: itself, the package, versions, profile."""
+    parts = [notebook, *sorted((ROOT / "diffad_ref").rglob("*"))]
+    digest = hashlib.sha256(json.dumps(versions()).encode())
+    digest.update(os.environ.get("DIFFAD_PROFILE", "").encode())
+    for path in parts:
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_record() -> dict[str, dict]:
+    """Outcome of the last run of each notebook, by name."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def run(notebooks: list[Path]) -> bool:
+    """Run notebooks with `pytest --nbmake`, keep the executed copies, record what happened."""
+    if not notebooks:
+        return True
+    EXECUTED.mkdir(parents=True, exist_ok=True)
+    record = read_record()
+    for notebook in notebooks:
+        record.pop(notebook.stem, None)  # so that an interrupted run leaves no stale entry
+        shutil.copy(notebook, EXECUTED)
+    RECORD.write_text(json.dumps(record, indent=1))
+
+    report = BUILD / "notebooks.xml"
+    command = [sys.executable, "-m", "pytest", "-v", "--nbmake", "--overwrite"]
+    command += ["--nbmake-kernel=python3", f"--junitxml={report}"]
+    keys = {notebook.stem: fingerprint(notebook) for notebook in notebooks}
+    done = subprocess.run(command + [str(EXECUTED / n.name) for n in notebooks], cwd=ROOT)
+
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = Path(case.get("name") or case.get("classname")).stem
+        record[name] = {
+            "key": keys[name],
+            "passed": case.find("failure") is None and case.find("error") is None,
+            "seconds": float(case.get("time")),
+            "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "cores": os.cpu_count(),
+            "versions": versions(),
+        }
+    RECORD.write_text(json.dumps(record, indent=1))
+    return done.returncode == 0
+
+
+def has_to_run(notebook: Path, record: dict[str, dict]) -> bool:
+    """Whether no passed run of exactly this notebook with exactly this package is at hand."""
+    last = record.get(notebook.stem, {})
+    fresh = last.get("passed") and last["key"] == fingerprint(notebook)
+    return not fresh or not (EXECUTED / notebook.name).exists()
+
+
+def stage(notebooks: list[Path]) -> None:
+    """Lay out what Sphinx reads: settings, pages, executed notebooks, generated tables."""
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    shutil.copytree(ROOT / "book", SOURCE / "book", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, SOURCE)
+    (SOURCE / "notebooks").mkdir()
+    for notebook in notebooks:
+        shutil.copy(EXECUTED / notebook.name, SOURCE / "notebooks")
+
+    record, repository = (
+        read_record(),
+        yaml.safe_load((ROOT / "_config.yml").read_text())["repository"],
+    )
+    generated = SOURCE / "book" / "_generated"
+    generated.mkdir()
+    (generated / "notebooks.md").write_text(notebook_table(notebooks, record, repository))
+    (generated / "results.md").write_text(result_tables(ROOT / "diffad_ref" / "weights"))
+    (SOURCE / "book" / "status.md").write_text(status_page(notebooks, record))
+
+
+def render() -> bool:
+    """Build the pages with warnings as errors, then check what they load."""
+    shutil.rmtree(HTML, ignore_errors=True)
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", str(SOURCE)]
+    command += ["--path-output", str(ROOT), "--all", "-W", "--keep-going"]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        return False
+    found = problems(HTML)
+    print("\n".join(found) or "Every page loads only files of this book.")
+    return not found
+
+
+def main() -> int:
+    """Exit status 0 only if every notebook passed and the book has no warning."""
+    notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    if sys.argv[1:] == ["run"]:
+        return 0 if run(notebooks) else 1
+    record = read_record()
+    passed = run([notebook for notebook in notebooks if has_to_run(notebook, record)])
+    stage(notebooks)  # also after a failure: the status page then says which notebook failed
+    built = render()
+    print(f"\nThe book: {HTML / 'index.html'}" if built else "\nThe book has errors, see above.")
+    return 0 if passed and built else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Tables of the book that come from files and runs, so that no number in them is typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffad_ref.tables import Table
+
+
+def markdown_table(rows: Sequence[dict]) -> str:
+    """Rows as a Markdown table; the columns are the keys, in the order they first appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def minutes(seconds: float) -> str:
+    """A duration for people."""
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def headline(notebook: Path) -> tuple[str, str]:
+    """Title of a notebook and the question that its first Markdown cells ask.
+
+    The title is the first `# ` line, the question follows the words `**Question.**`.
+    """
+    cells = json.loads(notebook.read_text())["cells"]
+    text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    question = re.search(r"\*\*Question\.\*\*\s+(.+?)(?:\n\s*\n|\Z)", text, re.DOTALL)
+    if not title or not question:
+        raise ValueError(f"{notebook.name}: no '# title' line or no '**Question.**' paragraph")
+    return title[1].strip(), " ".join(question[1].split())
+
+
+def notebook_table(notebooks: Sequence[Path], record: dict, repository: dict) -> str:
+    """For the landing page: what each notebook asks, how long it ran, where to open it."""
+    colab = repository["url"].replace(
+        "https://github.com", "https://colab.research.google.com/github"
+    )
+    rows = []
+    for notebook in notebooks:
+        title, question = headline(notebook)
+        link = f"{colab}/blob/{repository['branch']}/notebooks/{notebook.name}"
+        ran = record.get(notebook.stem)
+        rows.append(
+            {
+                "Notebook": f"[{title}](../notebooks/{notebook.name})",
+                "Question": question,
+                "Run time": minutes(ran["seconds"]) if ran else "not run",
+                "Open": f"[Colab]({link}){{.colab}}",
+            }
+        )
+    return markdown_table(rows)
+
+
+def status_page(notebooks: Sequence[Path], record: dict) -> str:
+    """The page that says which notebook ran, when, for how long, and on what."""
+    rows = []
+    for notebook in notebooks:
+        ran = record.get(notebook.stem, {})
+        outcome = {True: "passed", False: "**failed**", None: "not run"}[ran.get("passed")]
+        rows.append(
+            {
+                "Notebook": f"[{headline(notebook)[0]}](../notebooks/{notebook.name})",
+                "Outcome": outcome,
+                "Run time": minutes(ran["seconds"]) if ran else "",
+                "Finished": ran.get("finished", ""),
+                "Cores": ran.get("cores", ""),
+            }
+        )
+    used = {json.dumps(record[n.stem]["versions"]) for n in notebooks if n.stem in record}
+    stacks = [" · ".join(f"{k} {v}" for k, v in json.loads(stack).items()) for stack in used]
+    return (
+        "# Execution status\n\n"
+        "Every notebook runs from its first cell to its last before this book is built, and its\n"
+        "`assert` lines check what the text claims. This page is written by that run.\n\n"
+        + markdown_table(rows)
+        + "\nVersions: "
+        + "; ".join(sorted(stacks))
+        + ".\n"
+    )
+
+
+def result_tables(weights: Path) -> str:
+    """Our own numbers: the tables of every record beside a file of shipped weights.
+
+    A record is a JSON object; `command` is the line that made the weights, `report` what
+    `evaluate` said: rows, or a whole `Report` as a dict with `rows` and `kinds`.
+    """
+    parts = []
+    for path in sorted(weights.glob("*.json")):
+        record = json.loads(path.read_text())
+        report = record.get("report") or []
+        if isinstance(report, dict):
+            tables = [[*report["rows"], report["mean"]], report["kinds"]]
+        else:
+            tables = [report]
+        if not any(tables):
+            continue
+        parts.append(f"### `{path.stem}`\n")
+        if record.get("command"):
+            parts.append(f"Made by\n\n```bash\n{record['command']}\n```\n")
+        parts += [metric_table(rows) + "\n" for rows in tables if rows]
+    return "\n".join(parts) or "No record of trained weights is shipped with this version.\n"
+
+
+def metric_table(rows: Sequence[dict]) -> str:
+    """Rows of an evaluation in per cent, as the notebooks show them."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    words = sum(isinstance(rows[0].get(column), str) for column in columns)
+    return Table(tuple(columns), list(rows), labels=words).to_markdown()

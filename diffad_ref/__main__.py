@@ -1,0 +1,208 @@
+"""The command line: `python -m diffad_ref data|train|evaluate|predict`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+import diffad_ref
+from diffad_ref.checkpoints import METHODS, load_checkpoint, read_description, save_checkpoint
+from diffad_ref.data import AnomalyFolder
+from diffad_ref.evaluation import evaluate
+from diffad_ref.texture_sources import texture_bank
+from diffad_ref.toy import toy_factory
+from diffad_ref.training import fit
+
+DATA = "a folder in the MVTec layout (<category>/train/good, test/…), or the word toy"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns 0, or 2 with a message when the input is at fault."""
+    arguments = _parser().parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        arguments.run(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"diffad_ref: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffad_ref", description="Find defects with diffusion models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run, help):
+        sub = commands.add_parser(
+            run.__name__.strip("_"),
+            help=help,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.add_argument("--threads", type=int, help="CPU threads; fewer can be faster")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(_data, "make the toy data set, or say what a folder holds")
+    sub.add_argument("data", help=DATA)
+    sub.add_argument("--image-size", type=int, default=64, help="pixels, for the toy")
+    sub.add_argument("--seed", type=int, default=0, help="for the toy")
+
+    sub = command(_train, "train a detector on the good images of a folder")
+    sub.add_argument("data", help=DATA)
+    sub.add_argument("--out", required=True, type=Path, help="folder for checkpoints and weights")
+    sub.add_argument("--method", choices=sorted(METHODS), default="DiffusionAD", help="which paper")
+    sub.add_argument("--profile", choices=["tiny", "paper"], default="tiny", help="CPU or GPU size")
+    sub.add_argument(
+        "--image-size", type=int, default=None, help="pixels, instead of the profile's"
+    )
+    sub.add_argument("--categories", nargs="+", help="only these")
+    sub.add_argument("--textures", help="folder of foreign textures, such as dtd/images")
+    sub.add_argument(
+        "--no-reconstruction", action="store_true", help="the segmentation-only ablation"
+    )
+    sub.add_argument("--steps", type=int, help="instead of the recipe's")
+    sub.add_argument("--batch-size", type=int, help="instead of the recipe's")
+    sub.add_argument("--accumulate", type=int, default=1, help="batches a step")
+    sub.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no", help=" ")
+    sub.add_argument("--ema", type=float, help="decay of an average of the weights, such as 0.999")
+    sub.add_argument("--workers", type=int, default=0, help="processes that load images")
+    sub.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    sub.add_argument("--seed", type=int, default=0, help=" ")
+
+    sub = command(_evaluate, "measure a detector on the test images of a folder")
+    sub.add_argument("weights", help="a .safetensors file with its .json")
+    sub.add_argument("data", help=DATA)
+    sub.add_argument("--categories", nargs="+", help="only these")
+    sub.add_argument("--batch-size", type=int, default=32, help="images at a time")
+    sub.add_argument("--seed", type=int, default=0, help="of the noise")
+    sub.add_argument("--record", action="store_true", help="write the report into the .json")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    sub = command(_predict, "write heat maps and scores for your own images")
+    sub.add_argument("weights", help="a .safetensors file with its .json")
+    sub.add_argument("images", type=Path, help="an image or a folder of images")
+    sub.add_argument("--out", required=True, type=Path, help="folder for heat maps and scores.csv")
+    sub.add_argument("--batch-size", type=int, default=32, help="images at a time")
+    sub.add_argument("--seed", type=int, default=0, help="of the noise")
+    return parser
+
+
+def _data(arguments) -> None:
+    root = _root(arguments.data, arguments.image_size, arguments.seed)
+    print(root)
+    train, test = (AnomalyFolder(root, split, cache=False) for split in ("train", "test"))
+    for category in train.categories:
+        kinds = {}
+        for sample in test.samples:
+            if sample.category == category:
+                kinds[sample.kind] = kinds.get(sample.kind, 0) + 1
+        n = sum(sample.category == category for sample in train.samples)
+        print(f"  {category}: {n} train; test " + ", ".join(f"{k} {v}" for k, v in kinds.items()))
+
+
+def _train(arguments) -> None:
+    kind = METHODS[arguments.method]
+    config = getattr(kind.Config, arguments.profile)()
+    if arguments.image_size:
+        config = getattr(kind.Config, arguments.profile)(image_size=arguments.image_size)
+    if arguments.no_reconstruction:
+        config = config.without_reconstruction()
+    root = _root(arguments.data, config.image_size, 0)
+    data = AnomalyFolder(root, "train", config.image_size, arguments.categories)
+    torch.manual_seed(arguments.seed)
+    textures = texture_bank(arguments.textures) if arguments.textures else None
+    detector = kind(config, textures=textures)
+    start = time.time()
+    history = fit(
+        detector,
+        data,
+        arguments.steps,
+        arguments.batch_size,
+        out=arguments.out,
+        seed=arguments.seed,
+        accumulate=arguments.accumulate,
+        mixed_precision=arguments.mixed_precision,
+        ema=arguments.ema,
+        save_every=arguments.save_every,
+        num_workers=arguments.workers,
+    )
+    record = {
+        "command": "python -m diffad_ref " + shlex.join(sys.argv[1:]),
+        "seed": arguments.seed,
+        "steps": len(history.rows),
+        "minutes_since_last_start": round((time.time() - start) / 60, 1),
+        "data": {"name": Path(root).name, "images": len(data), "categories": data.categories},
+        "versions": versions(),
+        "final_losses": {
+            name: sum(history.column(name)[-100:]) / len(history.column(name)[-100:])
+            for name in history.rows[-1]
+            if name not in ("step", "stage")
+        },
+    }
+    print(save_checkpoint(detector, arguments.out / "weights", record))
+
+
+def _evaluate(arguments) -> None:
+    detector = load_checkpoint(arguments.weights)
+    root = _root(arguments.data, detector.config.image_size, 0)
+    data = AnomalyFolder(root, "test", detector.config.image_size, arguments.categories)
+    report = evaluate(detector, data, batch_size=arguments.batch_size, seed=arguments.seed)
+    print(report.to_json() if arguments.json else report)
+    if arguments.record:
+        record = read_description(arguments.weights)["record"]
+        record["report"] = json.loads(report.to_json())
+        save_checkpoint(detector, arguments.weights, record)
+
+
+def _predict(arguments) -> None:
+    from diffad_ref.plots import save_heat_map  # matplotlib is slow to import
+
+    detector = load_checkpoint(arguments.weights)
+    folder = arguments.images
+    data = AnomalyFolder.from_folders(test=folder, image_size=detector.config.image_size)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    lines = ["path,score"]
+    loader = DataLoader(data, arguments.batch_size)
+    for number, batch in enumerate(tqdm(loader, "predict")):
+        generator = torch.Generator().manual_seed(arguments.seed + number)
+        prediction = detector.predict(batch["image"], generator=generator)
+        for i, path in enumerate(batch["path"]):
+            save_heat_map(
+                batch["image"][i],
+                prediction.anomaly_map[i],
+                arguments.out / f"{Path(path).stem}_map.png",
+            )
+            lines.append(f"{path},{prediction.score[i]:.6f}")
+    (arguments.out / "scores.csv").write_text("\n".join(lines) + "\n")
+    print(arguments.out / "scores.csv")
+
+
+def _root(data: str, size: int, seed: int) -> Path:
+    return toy_factory(size=size, seed=seed) if data == "toy" else Path(data)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that may change a number."""
+    return {
+        "diffad_ref": diffad_ref.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Two honest baselines: what can be had without a diffusion model.
+
+`Template` asks how far a pixel lies from its usual value, `PCA` whether a few principal pictures
+can rebuild the image. A method that does not beat them has not earned its cost.
+"""
+
+from __future__ import annotations
+
+import torch
+from sklearn.decomposition import PCA as SklearnPCA
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from diffad_ref.data import check_images
+from diffad_ref.detector import Prediction
+from diffad_ref.metrics import top_k_mean
+
+
+class Baseline(nn.Module):
+    """What both share: learning per category from good images, and the score of an image.
+
+    The image score is the mean of the 50 largest pixels of the map, as in DiffusionAD (D11), so
+    that only the maps differ. Parameters are those of the subclasses.
+    """
+
+    def __init__(self, per_category: bool = True, sigma: float = 1.0):
+        super().__init__()
+        self.per_category = per_category
+        self.sigma = sigma
+        self.categories: tuple[str, ...] = ()
+        self.register_buffer("mean", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the fitted numbers live."""
+        return torch.device("cpu") if self.mean is None else self.mean.device
+
+    def fit(self, dataset):
+        """Learn from the good images of a data set, all of one size.
+
+        All images are held in memory at once (12 bytes a pixel).
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            The data set is empty or holds defective images.
+        """
+        if len(dataset) == 0:
+            raise ValueError("the data set is empty: there is nothing to learn from")
+        batches = list(DataLoader(dataset, batch_size=64))
+        images = torch.cat([batch["image"] for batch in batches])
+        if any(batch["label"].any() for batch in batches):
+            raise ValueError("baselines learn from good images only; use the train split")
+        names = [name for batch in batches for name in batch["category"]]
+        if self.per_category:
+            self.categories = tuple(sorted(set(names)))
+            groups = [[n == category for n in names] for category in self.categories]
+        else:
+            self.categories, groups = (), [[True] * len(names)]
+        learned = [self._learn(images[torch.tensor(group)]) for group in groups]
+        for name, values in zip(self._learned, zip(*learned, strict=True), strict=True):
+            self.register_buffer(name, torch.stack(values))
+        return self
+
+    @torch.no_grad()
+    def predict(
+        self,
+        images: Tensor,
+        category_index: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Prediction:
+        """Judge images (B, 3, H, W) in [0, 1]; the generator is not used.
+
+        Raises
+        ------
+        ValueError
+            Not fitted; images of another size than in training; a category index that is
+            missing or unknown.
+        """
+        check_images(images)
+        if self.mean is None:
+            raise ValueError("the baseline knows nothing yet: call fit(dataset) first")
+        if images.shape[1:] != self.mean.shape[1:]:
+            raise ValueError(
+                f"fitted on images {tuple(self.mean.shape[1:])}, got {tuple(images.shape[1:])}"
+            )
+        group = self._group(len(images), category_index)
+        normal, anomaly = self._rebuild(images, group)
+        size = 2 * round(4 * self.sigma) + 1
+        anomaly = gaussian_blur(anomaly[:, None], [size, size], [self.sigma, self.sigma])[:, 0]
+        return Prediction(anomaly, top_k_mean(anomaly, k=50), normal.clamp(0, 1))
+
+    def _group(self, count: int, category_index: Tensor | None) -> Tensor:
+        """Which of the fitted groups each image belongs to."""
+        if not self.per_category:
+            return torch.zeros(count, dtype=torch.long, device=self.device)
+        if category_index is None:
+            raise ValueError(f"say which category each image is of: {list(self.categories)}")
+        group = torch.as_tensor(category_index, device=self.device)
+        if group.shape != (count,) or group.min() < 0 or group.max() >= len(self.categories):
+            raise ValueError(
+                f"expected {count} category indices below {len(self.categories)}, "
+                f"got {group.tolist()}"
+            )
+        return group
+
+
+class Template(Baseline):
+    """Per-pixel mean and deviation of the good images.
+
+    The map is ``mean over channels of |x - mean| / (std + eps)``, lightly smoothed.
+
+    Parameters
+    ----------
+    eps : float
+        Deviation, in grey levels of [0, 1], that any pixel is allowed: without it, a pixel that
+        never changed in training would drown all others.
+    per_category : bool
+        One template for each category; else one for all images.
+    sigma : float
+        Width in pixels of the Gaussian that smooths the map.
+    """
+
+    _learned = ("mean", "std")
+
+    def __init__(self, eps: float = 0.05, per_category: bool = True, sigma: float = 1.0):
+        super().__init__(per_category, sigma)
+        self.eps = eps
+        self.register_buffer("std", None)
+
+    def _learn(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images.mean(0), images.std(0, correction=0)
+
+    def _rebuild(self, images: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = self.mean[group], self.std[group]
+        return mean, ((images - mean).abs() / (std + self.eps)).mean(1)
+
+
+class PCA(Baseline):
+    """Rebuild an image from the principal components of the good ones (scikit-learn's PCA).
+
+    The map is the mean over channels of the squared residual, lightly smoothed.
+
+    Parameters
+    ----------
+    n_components : int
+        Components a group; fewer where it has too few images.
+    per_category, sigma
+        As for `Template`.
+    """
+
+    _learned = ("mean", "components")
+
+    def __init__(self, n_components: int = 80, per_category: bool = True, sigma: float = 1.0):
+        super().__init__(per_category, sigma)
+        self.n_components = n_components
+        self.register_buffer("components", None)
+
+    def _learn(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        count = min(self.n_components, len(images) - 1)
+        pca = SklearnPCA(count, random_state=0).fit(images.flatten(1).numpy())
+        components = torch.zeros(self.n_components, images[0].numel())  # all groups alike
+        components[:count] = torch.from_numpy(pca.components_)
+        return torch.from_numpy(pca.mean_).reshape(images.shape[1:]), components
+
+    def _rebuild(self, images: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        centred = (images - self.mean[group]).flatten(1)
+        normal = torch.empty_like(images)
+        for number in group.unique():  # gathering components per image would cost their size
+            chosen = group == number
+            basis = self.components[number]
+            rebuilt = (centred[chosen] @ basis.T) @ basis
+            normal[chosen] = self.mean[number] + rebuilt.reshape(-1, *images.shape[1:])
+        return normal, (images - normal).square().mean(1)

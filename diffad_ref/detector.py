@@ -1,0 +1,130 @@
+"""What every method promises: a loss to train with, and a prediction to judge it by.
+
+`fit`, `evaluate`, the notebooks and the command line know only what stands here, so that a
+method's own file can hold nothing but the method.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Prediction:
+    """What a detector says about a batch of images.
+
+    Attributes
+    ----------
+    anomaly_map : Tensor (B, H, W)
+        How abnormal each pixel is; larger is more abnormal, the scale is the method's own.
+    score : Tensor (B,)
+        How abnormal each image is.
+    reconstruction : Tensor (B, 3, H, W)
+        The image as the method believes it should look, in [0, 1].
+    parts : dict of Tensor
+        What the method looked at on the way (noised image, estimates, …), for pictures.
+    """
+
+    anomaly_map: Tensor
+    score: Tensor
+    reconstruction: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate over the steps of a stage."""
+
+    peak: float
+    schedule: str = "constant"  # "constant", "cosine" (to 0 at the stage's end), "cycle"
+    warmup: int = 0  # steps of linear rise before it
+
+    def at(self, step: int, steps: int) -> float:
+        """The rate of step `step` (from 0) in a stage of `steps`.
+
+        "cycle" swings between the peak and 0 with a half-period of 10 steps: what a cosine
+        annealing of period 10 does when it is stepped every iteration, as DiffusionAD's is.
+        """
+        if step < self.warmup:
+            return self.peak * (step + 1) / (self.warmup + 1)
+        if self.schedule == "constant":
+            return self.peak
+        if self.schedule == "cosine":
+            share = (step - self.warmup) / max(1, steps - self.warmup)
+        elif self.schedule == "cycle":
+            share = step / 10
+        else:
+            raise ValueError(f"schedule is constant, cosine or cycle, not {self.schedule!r}")
+        return self.peak * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of a training recipe: which parts learn, for how long, how fast."""
+
+    name: str  # shown in the progress bar and in checkpoints
+    steps: int  # optimiser steps
+    batch_size: int  # images a step, on each process
+    lr: dict[str, Rate]  # every part that learns; parts not named are frozen
+    optimizer: str = "adam"  # "adam" or "adamw"
+    weight_decay: float = 0.0
+    clip: float | None = None  # largest norm of the gradient
+
+
+class Detector(nn.Module, ABC):
+    """Base class of DiffusionAD, DeCo-Diff and One-for-More.
+
+    A subclass defines `Config` (a frozen dataclass with `tiny()` and `paper()`), sets
+    `self.config`, `self.stages` and `self.categories`, and implements `training_loss` and
+    `predict`. Its direct children are the parts that a `Stage` names.
+    """
+
+    Config: type
+    stages: tuple[Stage, ...]
+    categories: tuple[str, ...] = ()
+
+    @abstractmethod
+    def training_loss(
+        self, batch: dict, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Scalars of one training step; "loss" is the total that is minimised."""
+
+    @abstractmethod
+    def predict(
+        self,
+        images: Tensor,
+        category_index: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Prediction:
+        """Judge images (B, 3, H, W) in [0, 1]; the same generator gives the same prediction."""
+
+    def enter(self, stage: Stage) -> None:
+        """Prepare for a stage: the parts that it names learn, all others are frozen."""
+        unknown = set(stage.lr) - {name for name, _ in self.named_children()}
+        if unknown:
+            raise ValueError(f"stage {stage.name!r} trains unknown parts {sorted(unknown)}")
+        self.stage = stage
+        for name, part in self.named_children():
+            part.requires_grad_(name in stage.lr)
+
+    def parameter_groups(self) -> list[dict]:
+        """What the optimiser trains in the current stage, each part with its rate."""
+        parts = dict(self.named_children())
+        return [
+            {"name": name, "params": list(parts[name].parameters()), "lr": rate.peak}
+            for name, rate in self.stage.lr.items()
+        ]
+
+    def forward(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Same as `training_loss`, so that a data-parallel wrapper can call it."""
+        return self.training_loss(batch, generator)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next(self.parameters()).device

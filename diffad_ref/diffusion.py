@@ -1,0 +1,172 @@
+"""Noise schedules and the closed-form mathematics that all methods share.
+
+Time steps count from 0: `abar[t]` is the share of signal left after step t. Schedules are made in
+float64; whoever uses them picks entries first and casts then, so that nothing is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------- schedules
+
+
+def linear_betas(steps: int = 1000) -> Tensor:
+    """Betas from 1e-4 to 2e-2, scaled so that any number of steps ends at the same noise (1a)."""
+    scale = 1000 / steps
+    return torch.linspace(scale * 1e-4, scale * 2e-2, steps, dtype=torch.float64)
+
+
+def cosine_betas(steps: int = 1000) -> Tensor:
+    """Squared-cosine schedule: abar(u) falls like cos² of the time, betas capped at 0.999."""
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+def scaled_linear_betas(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
+    """Betas linear in their square root, as in latent diffusion."""
+    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Everything that follows from the betas of a forward process.
+
+    Attributes
+    ----------
+    betas, abar, abar_prev : Tensor (T,), float64
+        Noise added at each step; signal left after it and before it.
+    """
+
+    betas: Tensor
+    abar: Tensor
+    abar_prev: Tensor
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> Schedule:
+        """Cumulate betas (T,), each in (0, 1), in float64."""
+        betas = betas.double()
+        abar = torch.cumprod(1 - betas, 0)
+        return cls(betas, abar, torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]]))
+
+    @classmethod
+    def named(cls, name: str, steps: int) -> Schedule:
+        """ "linear", "cosine" or "scaled_linear" with so many steps."""
+        makers = {
+            "linear": linear_betas,
+            "cosine": cosine_betas,
+            "scaled_linear": scaled_linear_betas,
+        }
+        if name not in makers:
+            raise ValueError(f"unknown schedule {name!r}; there are {', '.join(makers)}")
+        return cls.from_betas(makers[name](steps))
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def at(self, t: Tensor) -> Tensor:
+        """abar of time steps t (B,), long, as float32 (B, 1, 1, 1) on the device of t."""
+        return pick(self.abar, t)
+
+    @property
+    def posterior_variance(self) -> Tensor:
+        """Variance of q(x_{t-1} | x_t, x_0), (T,)."""
+        return self.betas * (1 - self.abar_prev) / (1 - self.abar)
+
+    @property
+    def posterior_log_variance_clipped(self) -> Tensor:
+        """Its logarithm; the first entry, which is -inf, is replaced by the second."""
+        variance = self.posterior_variance
+        return torch.log(torch.cat([variance[1:2], variance[1:]]))
+
+    @property
+    def posterior_mean_coefs(self) -> tuple[Tensor, Tensor]:
+        """Weights (T,) of x_0 and of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
+        of_x0 = self.betas * self.abar_prev.sqrt() / (1 - self.abar)
+        of_xt = (1 - self.abar_prev) * (1 - self.betas).sqrt() / (1 - self.abar)
+        return of_x0, of_xt
+
+
+def pick(values: Tensor, t: Tensor) -> Tensor:
+    """Entries t (B,) of a float64 table (T,), rounded to float32 last, as (B, 1, 1, 1)."""
+    picked = values[t.cpu()].float().to(t.device)
+    return picked.reshape(-1, 1, 1, 1)
+
+
+# ----------------------------------------------------------------------------------- closed form
+
+
+def add_noise(x0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
+    """Jump from a clean image to step t at once.
+
+    Parameters
+    ----------
+    x0, eps : Tensor (B, C, H, W)
+        Clean image and standard Gaussian noise.
+    abar : Tensor (B, 1, 1, 1)
+        Signal left at the wanted step, in (0, 1].
+
+    Source: DiffusionAD, forward process.
+    """
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * eps  # D1
+
+
+def predict_x0(x_t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
+    """Undo `add_noise` in one step, given the noise (B, C, H, W) that a model predicts.
+
+    Not clamped. Source: DiffusionAD, one-step denoising.
+    """
+    return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()  # D2
+
+
+def implied_noise(x_t: Tensor, x0: Tensor, abar: Tensor) -> Tensor:
+    """The noise that turns x0 into x_t (all (B, C, H, W)); abar (B, 1, 1, 1) below 1."""
+    return (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()  # D1, solved for eps
+
+
+def ddpm_step(
+    x_t: Tensor, x0: Tensor, t: Tensor, schedule: Schedule, noise: Tensor | None
+) -> Tensor:
+    """One ancestral step: draw x_{t-1} from q(x_{t-1} | x_t, x_0), x_0 being an estimate.
+
+    Parameters
+    ----------
+    x_t, x0 : Tensor (B, C, H, W)
+    t : Tensor (B,), long
+    noise : Tensor (B, C, H, W) or None
+        Standard Gaussian noise; it has no effect at t = 0. None gives the mean.
+
+    Source: Ho et al. 2020, equations 6 and 7.
+    """
+    of_x0, of_xt = schedule.posterior_mean_coefs
+    mean = pick(of_x0, t) * x0 + pick(of_xt, t) * x_t
+    if noise is None:
+        return mean
+    return mean + pick(schedule.posterior_variance.sqrt(), t) * noise
+
+
+def ddim_step(x0: Tensor, eps: Tensor, abar_prev: Tensor) -> Tensor:
+    """One deterministic step (eta = 0): the estimate, noised again to the earlier level.
+
+    Parameters
+    ----------
+    x0, eps : Tensor (B, C, H, W)
+        Estimated image and estimated noise at the current level.
+    abar_prev : Tensor (B, 1, 1, 1)
+        Signal left at the earlier level; 1 ends at the estimate itself.
+
+    Source: Song et al. 2021, equation 12.
+    """
+    return add_noise(x0, eps, abar_prev)
+
+
+def spaced_timesteps(start: int, count: int) -> list[int]:
+    """`count` steps from `start` down to 0, evenly spaced, without repetition."""
+    if not 1 <= count <= start + 1:
+        raise ValueError(f"{count} steps do not fit between 0 and {start}")
+    return [int(t) for t in torch.linspace(start, 0, count, dtype=torch.float64).round()]

@@ -1,0 +1,367 @@
+"""Exact scores of anomaly maps: image, pixel and region metrics.
+
+All of them ask one question: how many normal pixels (or images) score at least as high as each
+defective one? One sort answers it for every threshold at once, ties included. The PRO curve is
+the ROC curve with each defective pixel weighted by one over the area of its region, so that a
+scratch counts as much as a stain.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy import ndimage
+from scipy.integrate import trapezoid
+
+EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)  # pixels that touch at a corner are one region
+
+
+def top_k_mean(maps, k: int = 50) -> torch.Tensor:
+    """Score each image by the mean of its `k` largest pixels (D11).
+
+    A single pixel is noise and the mean of all pixels forgets a small defect; this lies between.
+
+    Parameters
+    ----------
+    maps : Tensor or array (B, H, W) or (B, 1, H, W)
+    k : int
+        Pixels to average; all of them when the map has fewer.
+
+    Returns
+    -------
+    Tensor (B,)
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    pixels = torch.as_tensor(maps).flatten(1)
+    return pixels.topk(min(k, pixels.shape[1]), dim=1).values.mean(dim=1)
+
+
+def image_metrics(scores, labels) -> dict[str, float]:
+    """Judge image scores against image labels.
+
+    Parameters
+    ----------
+    scores : Tensor or array (N,)
+        Larger is more abnormal.
+    labels : Tensor or array (N,) in {0, 1}
+        1 marks a defective image.
+
+    Returns
+    -------
+    dict with image_auroc, image_ap and image_f1max, each in [0, 1]. A value that is not defined
+    (no defective image; for the AUROC also no good one) is NaN, with a warning.
+
+    Raises
+    ------
+    ValueError
+        Empty input, different lengths, NaN scores, labels other than 0 and 1.
+    """
+    ranking = Ranking.of(scores, labels)
+    ranking.warn_if_one_sided("image")
+    return {
+        "image_auroc": ranking.auroc(),
+        "image_ap": ranking.average_precision(),
+        "image_f1max": ranking.f1max(),
+    }
+
+
+def pixel_metrics(maps, masks, fpr_limit: float = 0.3) -> dict[str, float]:
+    """Judge anomaly maps against masks, over the pixels of all images together.
+
+    Parameters
+    ----------
+    maps : Tensor or array (N, H, W) or (N, 1, H, W)
+        Larger is more abnormal. A single (H, W) map will do as well.
+    masks : Tensor or array of the same size, in {0, 1}
+    fpr_limit : float in (0, 1]
+        Where the PRO curve stops, see `aupro`.
+
+    Returns
+    -------
+    dict with pixel_auroc, pixel_ap, pixel_f1max and aupro, each in [0, 1]. A value that is not
+    defined (no defective pixel; for the areas also no normal one) is NaN, with a warning.
+
+    Raises
+    ------
+    ValueError
+        Empty input, different sizes, NaN in a map, masks other than 0 and 1, a limit not in (0, 1].
+    """
+    maps, masks = _paired_maps(maps, masks)
+    weights = region_weights(masks)
+    ranking = Ranking.of(maps, masks)
+    ranking.warn_if_one_sided("pixel")
+    return {
+        "pixel_auroc": ranking.auroc(),
+        "pixel_ap": ranking.average_precision(),
+        "pixel_f1max": ranking.f1max(),
+        "aupro": ranking.weighted(weights).auroc(fpr_limit),
+    }
+
+
+def aupro(maps, masks, fpr_limit: float = 0.3) -> float:
+    """Area under the per-region overlap curve, up to a false-positive rate.
+
+    At each threshold, the overlap is the share of a defective region that is found, averaged over
+    the regions (8-connected) of all images. The area up to `fpr_limit`, where the curve is
+    interpolated, is divided by `fpr_limit`: 1 is perfect, a constant map gets ``fpr_limit / 2``.
+
+    Parameters, errors and undefined cases are those of `pixel_metrics`.
+    """
+    maps, masks = _paired_maps(maps, masks)
+    ranking = Ranking.of(maps, masks)
+    ranking.warn_if_one_sided("pixel")
+    return ranking.weighted(region_weights(masks)).auroc(fpr_limit)
+
+
+def region_weights(masks: np.ndarray) -> np.ndarray:
+    """Weigh each defective pixel by one over the area of its region, in the order of `masks`.
+
+    Returns
+    -------
+    array (number of defective pixels,); its sum is the number of regions.
+    """
+    weights = [np.empty(0)]
+    for mask in masks:
+        if mask.any():
+            regions, _ = ndimage.label(mask, EIGHT_NEIGHBOURS)
+            region = regions[mask]
+            weights.append(1 / np.bincount(region)[region])
+    return np.concatenate(weights)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Where each positive stands among the negatives: all that the metrics need.
+
+    Between two scores of positives only false positives are added, so it is enough to look at
+    the K distinct scores of positives, here from the highest to the lowest.
+
+    Attributes
+    ----------
+    thresholds : array (K,)
+        Distinct scores of the positives, falling.
+    hits : array (K,)
+        Positives (or their weight) that score at least the threshold.
+    above, at_least : array (K,)
+        Negatives that score more than the threshold, and those that score at least that much.
+    positives, negatives : number
+        How many there are (for positives: their weight).
+    order, last : array
+        Sorting of the positives, and the last position of each threshold in it.
+    """
+
+    thresholds: np.ndarray
+    hits: np.ndarray
+    above: np.ndarray
+    at_least: np.ndarray
+    positives: float
+    negatives: int
+    order: np.ndarray
+    last: np.ndarray
+
+    @classmethod
+    def of(cls, scores, labels) -> Ranking:
+        """Rank scores (any shape) with labels of the same shape in {0, 1}."""
+        scores, labels = _scores(scores), _binary(labels, "labels")
+        if scores.shape != labels.shape:
+            raise ValueError(f"{scores.shape} scores do not fit {labels.shape} labels")
+        positive = scores[labels]
+        negative = np.sort(scores[~labels])
+        order = np.argsort(-positive)
+        falling = positive[order]
+        last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True)[: falling.size])
+        thresholds = falling[last]
+        return cls(
+            thresholds=thresholds,
+            hits=last + 1,
+            above=negative.size - np.searchsorted(negative, thresholds, side="right"),
+            at_least=negative.size - np.searchsorted(negative, thresholds, side="left"),
+            positives=positive.size,
+            negatives=negative.size,
+            order=order,
+            last=last,
+        )
+
+    def weighted(self, weights: np.ndarray) -> Ranking:
+        """Count each positive with its weight, given in the order of the labels."""
+        total = np.cumsum(weights[self.order])
+        return replace(self, hits=total[self.last], positives=total[-1] if total.size else 0)
+
+    def roc(self) -> tuple[np.ndarray, np.ndarray]:
+        """False- and true-positive rates at the corners of the ROC curve, both rising to 1."""
+        if not self.positives or not self.negatives:
+            raise ValueError("a ROC curve needs defective and normal samples")
+        false, true = self._corners()
+        return false / self.negatives, true / self.positives
+
+    def precision_recall(self) -> tuple[np.ndarray, np.ndarray]:
+        """Precision and recall at each threshold; recall rises to 1."""
+        if not self.positives:
+            raise ValueError("a precision-recall curve needs defective samples")
+        return self.hits / (self.hits + self.at_least), self.hits / self.positives
+
+    def auroc(self, fpr_limit: float = 1.0) -> float:
+        """Area under the ROC curve up to a false-positive rate, divided by that rate."""
+        if not 0 < fpr_limit <= 1:
+            raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}")
+        if not self.positives or not self.negatives:
+            return float("nan")
+        false, true = self._corners()
+        limit = fpr_limit * self.negatives
+        inside = np.searchsorted(false, limit, side="right")
+        if inside < false.size:  # cut the segment that crosses the limit
+            (x0, x1), (y0, y1) = false[inside - 1 : inside + 1], true[inside - 1 : inside + 1]
+            false = np.append(false[:inside], limit)
+            true = np.append(true[:inside], y0 + (limit - x0) / (x1 - x0) * (y1 - y0))
+        return min(float(trapezoid(true, false) / (limit * self.positives)), 1.0)
+
+    def average_precision(self) -> float:
+        """Precision averaged over the steps of recall (no interpolation)."""
+        if not self.positives:
+            return float("nan")
+        precision, _ = self.precision_recall()
+        return min(float(np.diff(self.hits, prepend=0) @ precision / self.positives), 1.0)
+
+    def f1max(self) -> float:
+        """Best F1 score of all thresholds."""
+        if not self.positives:
+            return float("nan")
+        return float(np.max(2 * self.hits / (self.hits + self.at_least + self.positives)))
+
+    def warn_if_one_sided(self, what: str) -> None:
+        """Say why a metric will be NaN."""
+        if not self.positives:
+            message = f"no {what} is defective: the {what} metrics are not defined (NaN)"
+        elif not self.negatives:
+            message = f"no {what} is normal: areas over the false-positive rate are NaN"
+        else:
+            return
+        warnings.warn(message, stacklevel=3)
+
+    def _corners(self) -> tuple[np.ndarray, np.ndarray]:
+        """Counts of false and true positives where the ROC curve bends, from (0, 0)."""
+        before = np.concatenate([[0], self.hits[:-1]])
+        false = np.stack([self.above, self.at_least], axis=1).ravel()
+        true = np.stack([before, self.hits], axis=1).ravel()
+        return np.concatenate([[0], false, [self.negatives]]), np.concatenate(
+            [[0], true, [self.positives]]
+        )
+
+
+def pro_curve_diffusion_ad(maps, masks) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the overlap curve as the released evaluation of DiffusionAD does.
+
+    It differs from `aupro` in five facts, kept here to compare numbers like with like:
+    masks are truncated to integers (of a resized mask, only pixels equal to 1 count); there are
+    1000 equal steps from the largest value towards the smallest, which is never reached, and a
+    pixel is found when it lies *above* the threshold; the overlap counts found pixels in the
+    region *with its holes filled* but divides by the area without them, so it can exceed 1;
+    thresholds with a false-positive rate above 0.3 are dropped without interpolation; and the
+    rates that stay are stretched to [0, 1] by their own smallest and largest value.
+
+    Parameters
+    ----------
+    maps : Tensor or array (N, H, W) or (N, 1, H, W), finite
+    masks : Tensor or array of the same size, in [0, 1]
+
+    Returns
+    -------
+    fpr, pro : arrays (K,)
+        Stretched false-positive rate and mean overlap at the thresholds that stay.
+
+    Raises
+    ------
+    ValueError
+        Sizes differ, or there is no defective pixel, no normal one, or a map without contrast.
+    """
+    truncated = _images(masks).astype(np.int64)
+    maps, masks = _paired_maps(maps, truncated)
+    highest, lowest = maps.max(), maps.min()
+    if not masks.any() or masks.all() or not np.isfinite(highest - lowest) or highest == lowest:
+        raise ValueError(
+            "this protocol needs defective and normal pixels and finite maps that vary"
+        )
+    thresholds = highest - np.arange(1000) * (highest - lowest) / 1000
+    found = _share_above(maps[~masks], thresholds)
+    overlap = np.mean(
+        [_share_above(inside, thresholds) * inside.size / area
+         for inside, area in _filled_regions(maps, masks)],
+        axis=0,
+    )  # fmt: skip
+    keep = found <= 0.3
+    fpr, pro = found[keep], overlap[keep]
+    width = fpr.max() - fpr.min()
+    return (fpr - fpr.min()) / (width if width > 0 else 1.0), pro
+
+
+def aupro_diffusion_ad(maps, masks) -> float:
+    """Area under `pro_curve_diffusion_ad`; unlike `aupro` it is not bounded by 1."""
+    fpr, pro = pro_curve_diffusion_ad(maps, masks)
+    return float(trapezoid(pro, fpr))
+
+
+def _filled_regions(maps: np.ndarray, masks: np.ndarray):
+    """Yield for each region the map inside its filled outline, and its area without holes."""
+    for values, mask in zip(maps, masks, strict=True):
+        regions, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
+        for number in range(1, count + 1):
+            region = regions == number
+            filled = ndimage.binary_fill_holes(region, EIGHT_NEIGHBOURS)
+            yield values[filled], region.sum()
+
+
+def _share_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Share of the values that lie above each threshold."""
+    return 1 - np.searchsorted(np.sort(values), thresholds, side="right") / values.size
+
+
+def _array(values) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values
+    return np.asarray(values)
+
+
+def _scores(values) -> np.ndarray:
+    """Check scores and keep float32 or float64, whichever they fit without loss."""
+    values = _array(values)
+    if values.dtype not in (np.float32, np.float64):
+        values = values.astype(np.float32 if values.dtype == np.float16 else np.float64)
+    if values.size == 0:
+        raise ValueError("nothing to judge: the input is empty")
+    if np.isnan(values).any():
+        raise ValueError("scores or maps hold NaN")
+    return values
+
+
+def _binary(values, name: str) -> np.ndarray:
+    """Check that there is nothing but 0 and 1, and make it bool."""
+    values = _array(values)
+    if values.dtype == bool:
+        return values
+    ones = values == 1
+    if np.count_nonzero(ones) != np.count_nonzero(values):
+        strange = values[~ones & (values != 0)].flat[0]
+        raise ValueError(f"{name} must hold only 0 and 1, found {strange}; binarise them first")
+    return ones
+
+
+def _images(values) -> np.ndarray:
+    """Bring (H, W), (N, H, W) or (N, 1, H, W) to (N, H, W)."""
+    values = _array(values)
+    if values.ndim == 4 and values.shape[1] == 1:
+        return values[:, 0]
+    if values.ndim not in (2, 3):
+        raise ValueError(f"expected (N, H, W) or (N, 1, H, W), got shape {values.shape}")
+    return values if values.ndim == 3 else values[None]
+
+
+def _paired_maps(maps, masks) -> tuple[np.ndarray, np.ndarray]:
+    maps, masks = _scores(_images(maps)), _binary(_images(masks), "masks")
+    if maps.shape != masks.shape:
+        raise ValueError(f"maps {maps.shape} and masks {masks.shape} differ in size")
+    return maps, masks

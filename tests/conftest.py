@@ -1,0 +1,43 @@
+"""A tiny data set in the MVTec layout, and the place where the scripts are."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# Scripts are run from their folder, not installed.
+sys.path.insert(0, str(Path(__file__).parents[1] / "data_scripts"))
+
+
+def write_image(path, pixels):
+    """Save an array as an image, and make the folders that it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels)).save(path)
+    return path
+
+
+@pytest.fixture
+def write():
+    """The function that saves an array as an image file."""
+    return write_image
+
+
+@pytest.fixture
+def mvtec_root(tmp_path):
+    """Two categories of 20 x 24 pixels: bottle (defects crack and hole), and carpet (cut)."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "mvtec"
+    for category, kinds in {"bottle": ("crack", "hole"), "carpet": ("cut",)}.items():
+        folders = ["train/good"] * 3 + ["test/good"] * 2
+        folders += [f"test/{kind}" for kind in kinds for _ in range(2)]
+        for i, folder in enumerate(folders):
+            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            write_image(root / category / folder / f"{i:03}.png", pixels)
+            if folder.startswith("test/") and not folder.endswith("good"):
+                mask = np.zeros((20, 24), np.uint8)
+                mask[5:10, 8:14] = 255
+                truth = folder.replace("test", "ground_truth")
+                write_image(root / category / truth / f"{i:03}_mask.png", mask)
+    return root

@@ -1,0 +1,271 @@
+"""The book's frame: what pages name exists, and the scripts that build it do what they say."""
+
+import ast
+import importlib
+import json
+import re
+from pathlib import Path
+
+import build
+import pytest
+import yaml
+from check_pages import problems
+from generated import headline, metric_table, notebook_table, result_tables, status_page
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "book").glob("*.md"))
+PROSE = [*PAGES, ROOT / "README.md"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = sorted(p.stem for p in (ROOT / "diffad_ref").glob("*.py") if not p.stem.startswith("__"))
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+WRITTEN_BY_THE_BUILD = {"book/status"}
+
+
+def chapters() -> set[str]:
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    return {toc["root"]} | {c["file"] for part in toc["parts"] for c in part["chapters"]}
+
+
+def notebook(path: Path, *markdown: str, code: str = "1") -> Path:
+    """A notebook file with these Markdown cells and one code cell."""
+    cells = [{"cell_type": "markdown", "source": text} for text in markdown]
+    cells.append({"cell_type": "code", "source": code, "outputs": []})
+    path.write_text(json.dumps({"cells": cells}))
+    return path
+
+
+# ------------------------------------------------------------------------------- what pages name
+
+
+def test_every_chapter_of_the_table_of_contents_is_a_file():
+    for chapter in chapters() - WRITTEN_BY_THE_BUILD:
+        assert any((ROOT / f"{chapter}{ext}").exists() for ext in (".md", ".ipynb")), chapter
+
+
+def test_every_page_and_notebook_is_a_chapter():
+    files = {p.relative_to(ROOT).with_suffix("").as_posix() for p in [*PAGES, *NOTEBOOKS]}
+    assert files == chapters() - WRITTEN_BY_THE_BUILD
+
+
+def test_every_module_is_on_the_api_page():
+    shown = re.findall(r"automodule:: diffad_ref\.(\w+)", (ROOT / "book/api.md").read_text())
+    assert sorted(shown) == MODULES
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda p: p.stem)
+def test_python_examples_compile_and_import_names_that_exist(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    if not hasattr(module, alias.name):  # a module is imported by its full name
+                        importlib.import_module(f"{node.module}.{alias.name}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_functions_that_a_page_links_exist(page):
+    for name in re.findall(r"\{py:\w+\}`~?([\w.]+)`", page.read_text()):
+        parts = name.split(".")
+        cut = max(i for i in range(1, len(parts) + 1) if ".".join(parts[1:i]) in ["", *MODULES])
+        found = importlib.import_module(".".join(parts[:cut]))
+        for part in parts[cut:]:
+            found = getattr(found, part)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_tests_that_a_page_names_exist(page):
+    for file, name in re.findall(r"(tests/\w+\.py)(?:::(\w+))?", page.read_text()):
+        assert (ROOT / file).exists(), file
+        assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
+@pytest.mark.parametrize("number", range(1, 13))
+def test_each_formula_stands_in_the_index_and_beside_its_line_of_code(number):
+    code = "".join(path.read_text() for path in (ROOT / "diffad_ref").glob("*.py"))
+    assert re.search(rf"# .*\bD{number}\b", code)
+    assert rf"\tag{{D{number}}}" in (ROOT / "book/equation_index.md").read_text()
+
+
+def test_commands_in_the_readme_are_targets_of_the_makefile():
+    named = re.findall(r"\bmake ([a-z]+)", (ROOT / "README.md").read_text())
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"test", "book"} <= set(named) <= set(targets)
+
+
+def test_continuous_integration_runs_the_readme_command_then_the_book():
+    commands = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in commands if line.startswith("make")] == ["make test", "make book"]
+
+
+def test_the_repository_has_one_address():
+    address = CONFIG["repository"]["url"].removeprefix("https://github.com/")
+    files = [*PROSE, *NOTEBOOKS, ROOT / "CITATION.cff"]
+    text = "".join(path.read_text() for path in files)
+    own_links = re.findall(r"github(?:\.com)?/([\w.-]+/diffad[\w-]*)", text)
+    assert own_links and set(own_links) == {address}
+
+
+def test_citations_are_in_the_bibliography():
+    known = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "book/references.bib").read_text(), re.M))
+    text = "".join(path.read_text() for path in [*PAGES, *NOTEBOOKS])
+    cited = {
+        key.strip()
+        for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", text)
+        for key in keys.split(",")
+    }
+    assert cited <= known
+
+
+def test_vendored_files_come_with_their_licence():
+    for folder in (ROOT / "book/extra/vendor").iterdir():
+        assert (folder / "LICENSE").exists(), folder.name
+
+
+# -------------------------------------------------------------------------------------- notebooks
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_stored_without_outputs_and_start_with_a_question(path):
+    title, question = headline(path)
+    assert title and question.endswith("?")
+    for cell in json.loads(path.read_text())["cells"]:
+        assert not cell.get("outputs")
+
+
+def test_a_notebook_without_a_question_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Question"):
+        headline(notebook(tmp_path / "05_x.ipynb", "# Title\n\nText."))
+
+
+# -------------------------------------------------------------------------- when a notebook re-runs
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A small project with a package and one notebook that has run and passed."""
+    (tmp_path / "diffad_ref" / "weights").mkdir(parents=True)
+    (tmp_path / "diffad_ref" / "core.py").write_text("x = 1")
+    (tmp_path / "executed").mkdir()
+    path = notebook(tmp_path / "01_a.ipynb", "# A")
+    notebook(tmp_path / "executed" / path.name, "# A")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "EXECUTED", tmp_path / "executed")
+    record = {path.stem: {"passed": True, "key": build.fingerprint(path)}}
+    return tmp_path, path, record
+
+
+def test_a_notebook_that_passed_with_the_same_package_is_not_run_again(project):
+    _, path, record = project
+    assert not build.has_to_run(path, record)
+
+
+@pytest.mark.parametrize("changed", ["diffad_ref/core.py", "diffad_ref/weights/w.json"])
+def test_editing_the_package_runs_the_notebook_again(project, changed):
+    root, path, record = project
+    (root / changed).write_text("x = 2")
+    assert build.has_to_run(path, record)
+
+
+def test_editing_the_notebook_runs_it_again(project):
+    _, path, record = project
+    notebook(path, "# B")
+    assert build.has_to_run(path, record)
+
+
+def test_choosing_another_profile_runs_the_notebook_again(project, monkeypatch):
+    _, path, record = project
+    monkeypatch.setenv("DIFFAD_PROFILE", "paper")
+    assert build.has_to_run(path, record)
+
+
+def test_a_notebook_that_failed_or_never_ran_runs_again(project):
+    root, path, record = project
+    record[path.stem]["passed"] = False
+    assert build.has_to_run(path, record)
+    assert build.has_to_run(path, {})
+
+
+def test_a_notebook_whose_executed_copy_is_gone_runs_again(project):
+    root, path, record = project
+    (root / "executed" / path.name).unlink()
+    assert build.has_to_run(path, record)
+
+
+# --------------------------------------------------------------------------------- generated pages
+
+
+def test_the_landing_table_links_each_notebook_to_colab(tmp_path):
+    path = notebook(tmp_path / "01_a.ipynb", "# Title\n\n**Question.** Why\nso?\n\nText.")
+    repository = {"url": "https://github.com/me/book", "branch": "main"}
+    table = notebook_table([path], {"01_a": {"seconds": 84.4}}, repository)
+    assert "[Title](../notebooks/01_a.ipynb) | Why so? | 1 min 24 s |" in table
+    assert (
+        "https://colab.research.google.com/github/me/book/blob/main/notebooks/01_a.ipynb" in table
+    )
+
+
+def test_the_status_page_tells_passed_failed_and_not_run_apart(tmp_path):
+    paths = [notebook(tmp_path / f"{n}.ipynb", f"# {n}\n\n**Question.** Q?") for n in "abc"]
+    ran = {"seconds": 3.0, "finished": "today", "cores": 2, "versions": {"torch": "9.9"}}
+    page = status_page(paths, {"a": {"passed": True, **ran}, "b": {"passed": False, **ran}})
+    outcomes = re.findall(r"\| (passed|\*\*failed\*\*|not run) \|", page)
+    assert outcomes == ["passed", "**failed**", "not run"]
+    assert "torch 9.9" in page
+
+
+def test_results_are_read_from_the_records_in_per_cent(tmp_path):
+    rows = [{"method": "PCA", "pixel_ap": 0.1234}, {"method": "full", "pixel_ap": None}]
+    record = {"command": "python -m diffad_ref train", "report": rows}
+    (tmp_path / "toy.json").write_text(json.dumps(record))
+    (tmp_path / "other.json").write_text("{}")
+    text = result_tables(tmp_path)
+    assert "| PCA | 12.3 |" in text and "python -m diffad_ref train" in text
+    assert "other" not in text
+
+
+def test_a_row_of_results_may_lack_a_column():
+    table = metric_table([{"method": "a", "image_auroc": 1.0}, {"method": "b", "pixel_ap": 0.5}])
+    assert "| b |  | 50.0 |" in table
+
+
+# -------------------------------------------------------------------------------------- check_pages
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        '<script src="https://cdn.example/x.js"></script>',
+        '<link rel="stylesheet" href="//cdn.example/x.css">',
+        '<img src="http://cdn.example/x.png">',
+        '<img srcset="https://cdn.example/x.png 2x">',
+        '<p style="background: url(https://cdn.example/x.png)">',
+        '<style>@import "https://cdn.example/x.css";</style>',
+        '<iframe src="https://cdn.example/"></iframe>',
+    ],
+)
+def test_whatever_loads_from_another_host_is_found(tmp_path, html):
+    (tmp_path / "page.html").write_text(html)
+    (found,) = problems(tmp_path)
+    assert "page.html" in found and "another host" in found
+
+
+def test_a_style_sheet_that_loads_a_font_from_another_host_is_found(tmp_path):
+    (tmp_path / "x.css").write_text("@font-face { src: url('https://cdn.example/f.woff2') }")
+    assert len(problems(tmp_path)) == 1
+
+
+def test_a_missing_local_file_is_found(tmp_path):
+    (tmp_path / "page.html").write_text('<img src="gone.png">')
+    (found,) = problems(tmp_path)
+    assert "gone.png" in found and "not there" in found
+
+
+def test_links_data_and_local_files_are_no_problem(tmp_path):
+    (tmp_path / "a b.png").write_bytes(b"")
+    (tmp_path / "page.html").write_text(
+        '<a href="https://example.org">out</a><link rel="canonical" href="https://example.org">'
+        '<img src="data:image/png;base64,AAAA"><img src="a%20b.png?v=1">'
+        "<style>/* url(https://example.org/x) */ p { fill: url(#g) }</style>"
+    )
+    assert problems(tmp_path) == []
