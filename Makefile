@@ -15,10 +15,10 @@ help:  ## this list
 
 test: $(READY)  ## the tests, then every notebook
 	$(PY) -m pytest
-	$(PY) book/build.py run
+	$(PY) book/make.py run
 
 book: $(READY)  ## the book: _build/html/index.html
-	$(PY) book/build.py
+	$(PY) book/make.py
 
 bench: $(READY)  ## speed of the parts that have a target
 	$(PY) bench.py

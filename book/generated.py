@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffad_ref.evaluation import Report
 from diffad_ref.tables import Table
 
 
@@ -24,17 +25,12 @@ def minutes(seconds: float) -> str:
 
 
 def headline(notebook: Path) -> tuple[str, str]:
-    """Title of a notebook and the question that its first Markdown cells ask.
-
-    The title is the first `# ` line, the question follows the words `**Question.**`.
-    """
-    cells = json.loads(notebook.read_text())["cells"]
-    text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-    title = re.search(r"^# (.+)$", text, re.MULTILINE)
-    question = re.search(r"\*\*Question\.\*\*\s+(.+?)(?:\n\s*\n|\Z)", text, re.DOTALL)
-    if not title or not question:
-        raise ValueError(f"{notebook.name}: no '# title' line or no '**Question.**' paragraph")
-    return title[1].strip(), " ".join(question[1].split())
+    """Title and question of a notebook: its first line and the *italic* paragraph below it."""
+    first = "".join(json.loads(notebook.read_text())["cells"][0]["source"])
+    found = re.match(r"# (.+)\n+\*([^*]+\?)\*(?:\n|\Z)", first)
+    if not found:
+        raise ValueError(f"{notebook.name} does not begin with '# Title' and '*Question?*'")
+    return found[1].strip(), " ".join(found[2].split())
 
 
 def notebook_table(notebooks: Sequence[Path], record: dict, repository: dict) -> str:
@@ -89,28 +85,29 @@ def status_page(notebooks: Sequence[Path], record: dict) -> str:
 def result_tables(weights: Path) -> str:
     """Our own numbers: the tables of every record beside a file of shipped weights.
 
-    A record is a JSON object; `command` is the line that made the weights, `report` what
-    `evaluate` said: rows, or a whole `Report` as a dict with `rows` and `kinds`.
+    The record of a checkpoint has a `command`, the line that made the weights, and a `report`:
+    rows, or a whole `Report` as a dict.
     """
     parts = []
     for path in sorted(weights.glob("*.json")):
-        record = json.loads(path.read_text())
-        report = record.get("report") or []
-        if isinstance(report, dict):
-            tables = [[*report["rows"], report["mean"]], report["kinds"]]
-        else:
-            tables = [report]
-        if not any(tables):
+        description = json.loads(path.read_text())
+        record = description.get("record", description)
+        report = record.get("report")
+        if not report:
             continue
         parts.append(f"### `{path.stem}`\n")
         if record.get("command"):
             parts.append(f"Made by\n\n```bash\n{record['command']}\n```\n")
-        parts += [metric_table(rows) + "\n" for rows in tables if rows]
+        if isinstance(report, dict):
+            report = Report.from_dict(report)
+            parts += [f"{report.table()}\n", "By kind of defect:\n", f"{report.by_kind()}\n"]
+        else:
+            parts.append(f"{metric_table(report)}\n")
     return "\n".join(parts) or "No record of trained weights is shipped with this version.\n"
 
 
-def metric_table(rows: Sequence[dict]) -> str:
+def metric_table(rows: Sequence[dict]) -> Table:
     """Rows of an evaluation in per cent, as the notebooks show them."""
     columns = dict.fromkeys(key for row in rows for key in row)
     words = sum(isinstance(rows[0].get(column), str) for column in columns)
-    return Table(tuple(columns), list(rows), labels=words).to_markdown()
+    return Table(tuple(columns), list(rows), labels=words)

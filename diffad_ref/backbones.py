@@ -63,7 +63,7 @@ def adm_unet(
         up_block_types=tuple(reversed(up)),
         downsample_type="resnet" if resnet else "conv",
         upsample_type="resnet" if resnet else "conv",
-        attention_head_dim=head_width or widths[-1] // heads,
+        attention_head_dim=head_width or width,  # divides every width
         norm_num_groups=norm_groups,
         norm_eps=1e-5,
         flip_sin_to_cos=False,

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 # ------------------------------------------------------------------------------------- schedules
 
@@ -170,3 +171,58 @@ def spaced_timesteps(start: int, count: int) -> list[int]:
     if not 1 <= count <= start + 1:
         raise ValueError(f"{count} steps do not fit between 0 and {start}")
     return [int(t) for t in torch.linspace(start, 0, count, dtype=torch.float64).round()]
+
+
+# -------------------------------------------------------------------------------- many small steps
+
+
+@torch.no_grad()
+def iterative_x0(
+    denoiser: nn.Module,
+    x: Tensor,
+    t_start: int,
+    schedule: Schedule,
+    generator: torch.Generator,
+    method: str = "ddpm",
+    steps: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Noise an image to t_start and walk back step by step: what one-step denoising replaces.
+
+    Parameters
+    ----------
+    x : Tensor (B, 3, H, W), in [0, 1]
+    method : "ddpm" or "ddim"
+        Ancestral sampling through every step, or a deterministic walk through `steps` of them.
+    steps : int, optional
+        Calls of the network for "ddim"; default 50.
+
+    Returns
+    -------
+    Tensor (B, 3, H, W), clamped to [-1, 1].
+    """
+    if method not in ("ddpm", "ddim"):
+        raise ValueError(f"method is 'ddpm' or 'ddim', not {method!r}")
+    count = t_start + 1 if method == "ddpm" else steps or 50
+    times = spaced_timesteps(t_start, count)
+
+    def level(t):
+        return torch.full((len(x),), t, device=x.device)
+
+    x_t = add_noise(x, draw_noise(x, generator), schedule.at(level(t_start)))
+    for t, t_next in zip(
+        tqdm(times, method, disable=not progress, leave=False), [*times[1:], None], strict=True
+    ):
+        eps = denoiser(x_t, level(t))
+        x0 = predict_x0(x_t, eps, schedule.at(level(t))).clamp(-1, 1)
+        if t_next is None:
+            return x0
+        if method == "ddpm":
+            x_t = ddpm_step(x_t, x0, level(t), schedule, draw_noise(x, generator))
+        else:
+            x_t = ddim_step(x0, eps, schedule.at(level(t_next)))
+
+
+def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard Gaussian noise; drawn on the generator's device, so a seed means one thing."""
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import inspect
 import io
 from dataclasses import dataclass, field
 
@@ -16,6 +17,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
 
 from diffad_ref.metrics import Ranking
 
@@ -269,6 +273,26 @@ _HANDLER = (
     "if(i===shown){this.setAttribute('aria-valuetext',img.dataset.label);"
     "box.querySelector('output').textContent=img.dataset.label;}});"
 )
+
+
+def source(*objects) -> Page:
+    """Show the source of functions or classes: a page that shows it cannot drift from it."""
+    text = "\n\n".join(inspect.getsource(thing).rstrip() for thing in objects)
+    return Page(highlight(text, PythonLexer(), HtmlFormatter(noclasses=True, wrapcode=True)))
+
+
+def save_heat_map(image, anomaly_map, path, limits: tuple[float, float] = (0.0, 1.0)) -> None:
+    """Write an image (3, H, W) and its anomaly map (H, W), laid over it, side by side as PNG.
+
+    `limits` are the map's values that get the darkest and the brightest colour.
+    """
+    picture = np.atleast_3d(_picture(image).clip(0, 1)) * np.ones(3)
+    low, high = limits
+    heat = ((_numpy(anomaly_map) - low) / (high - low)).clip(0, 1)[..., None]
+    colours = plt.get_cmap(MAP_COLOURS)(heat[..., 0])[..., :3]
+    overlay = picture * (1 - 0.75 * heat) + colours * 0.75 * heat
+    both = np.concatenate([picture, overlay], 1)
+    Image.fromarray((both * 255).round().astype(np.uint8)).save(path)
 
 
 def _numpy(values) -> np.ndarray:

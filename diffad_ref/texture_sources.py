@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from skimage import data as photographs
 from sklearn.datasets import load_sample_images
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as vision
 from tqdm.auto import tqdm
+
+from diffad_ref.data import read_image
 
 # Photographs inside the scikit-image package. Brick, grass and gravel are not among them: the toy
 # factory sells those, and a product's own texture is no anomaly.
@@ -38,6 +39,8 @@ def texture_bank(folder: str | os.PathLike | None = None, size: int = 256) -> Te
     ------
     FileNotFoundError
         The folder does not exist or holds no image.
+    ValueError
+        An image is damaged.
     """
     if folder is None:
         return _built_in(size)
@@ -47,8 +50,8 @@ def texture_bank(folder: str | os.PathLike | None = None, size: int = 256) -> Te
     if not paths:
         what = "holds no jpg, png or webp image" if root.is_dir() else "does not exist"
         raise FileNotFoundError(f"texture folder {root} {what}; DTD's is dtd/images")
-    images = (decode_image(str(p), ImageReadMode.RGB) for p in tqdm(paths, "textures", leave=False))
-    return torch.stack([_square(image, size) for image in images])
+    images = (read_image(path) for path in tqdm(paths, "textures", leave=False))
+    return torch.stack([_square(vision.pil_to_tensor(image), size) for image in images])
 
 
 @lru_cache(maxsize=2)

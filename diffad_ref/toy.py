@@ -36,7 +36,7 @@ PHOTOGRAPHS = ("brick", "grass", "gravel")
 
 OVERSAMPLING = 4  # scenes are drawn this much larger, then averaged
 VISIBLE = 10 / 255  # a pixel is defective if the defect changed a channel by more than this
-VERSION = 1  # part of the cache key: raise it when the drawing changes
+VERSION = 2  # part of the cache key: raise it when the drawing changes
 
 
 def toy_factory(
@@ -147,7 +147,7 @@ def draw(
         light = _light(large, rng)
         good, bad = (_shrink(np.clip(image * light, 0, 1)) for image in (good, bad))
         mask = np.abs(bad - good).max(-1) > VISIBLE
-        mask = _close(mask, radius=1 if kind in SURFACE_DEFECTS else 3)
+        mask = _close(mask, radius=1 if kind in SURFACE_DEFECTS else 2)
         if (
             kind == "good" or mask.sum() >= (size / 64) ** 2 * 14
         ):  # else: hardly visible, draw again

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffad_ref.diffusion_ad import Config
+
 # Scripts are run from their folder, not installed.
 sys.path.insert(0, str(Path(__file__).parents[1] / "data_scripts"))
 
@@ -41,3 +43,17 @@ def mvtec_root(tmp_path):
                 truth = folder.replace("test", "ground_truth")
                 write_image(root / category / truth / f"{i:03}_mask.png", mask)
     return root
+
+
+@pytest.fixture
+def small_config():
+    """The tiny profile made smaller still: 32 x 32 pixels, 133 000 weights, three stages."""
+    return Config.tiny(
+        32,
+        width=8,
+        norm_groups=4,
+        multipliers=(1, 1),
+        attention_levels=(1,),
+        heads=2,
+        segmentation_width=4,
+    )

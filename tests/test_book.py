@@ -6,10 +6,13 @@ import json
 import re
 from pathlib import Path
 
-import build
 import pytest
 import yaml
+
+import make
 from check_pages import problems
+from diffad_ref.evaluation import Report
+from diffad_ref.tables import METRICS
 from generated import headline, metric_table, notebook_table, result_tables, status_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +137,7 @@ def test_notebooks_are_stored_without_outputs_and_start_with_a_question(path):
 
 
 def test_a_notebook_without_a_question_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Question"):
+    with pytest.raises(ValueError, match=r"\*Question\?\*"):
         headline(notebook(tmp_path / "05_x.ipynb", "# Title\n\nText."))
 
 
@@ -149,54 +152,54 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "executed").mkdir()
     path = notebook(tmp_path / "01_a.ipynb", "# A")
     notebook(tmp_path / "executed" / path.name, "# A")
-    monkeypatch.setattr(build, "ROOT", tmp_path)
-    monkeypatch.setattr(build, "EXECUTED", tmp_path / "executed")
-    record = {path.stem: {"passed": True, "key": build.fingerprint(path)}}
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    monkeypatch.setattr(make, "EXECUTED", tmp_path / "executed")
+    record = {path.stem: {"passed": True, "key": make.fingerprint(path)}}
     return tmp_path, path, record
 
 
 def test_a_notebook_that_passed_with_the_same_package_is_not_run_again(project):
     _, path, record = project
-    assert not build.has_to_run(path, record)
+    assert not make.has_to_run(path, record)
 
 
 @pytest.mark.parametrize("changed", ["diffad_ref/core.py", "diffad_ref/weights/w.json"])
 def test_editing_the_package_runs_the_notebook_again(project, changed):
     root, path, record = project
     (root / changed).write_text("x = 2")
-    assert build.has_to_run(path, record)
+    assert make.has_to_run(path, record)
 
 
 def test_editing_the_notebook_runs_it_again(project):
     _, path, record = project
     notebook(path, "# B")
-    assert build.has_to_run(path, record)
+    assert make.has_to_run(path, record)
 
 
 def test_choosing_another_profile_runs_the_notebook_again(project, monkeypatch):
     _, path, record = project
     monkeypatch.setenv("DIFFAD_PROFILE", "paper")
-    assert build.has_to_run(path, record)
+    assert make.has_to_run(path, record)
 
 
 def test_a_notebook_that_failed_or_never_ran_runs_again(project):
     root, path, record = project
     record[path.stem]["passed"] = False
-    assert build.has_to_run(path, record)
-    assert build.has_to_run(path, {})
+    assert make.has_to_run(path, record)
+    assert make.has_to_run(path, {})
 
 
 def test_a_notebook_whose_executed_copy_is_gone_runs_again(project):
     root, path, record = project
     (root / "executed" / path.name).unlink()
-    assert build.has_to_run(path, record)
+    assert make.has_to_run(path, record)
 
 
 # --------------------------------------------------------------------------------- generated pages
 
 
 def test_the_landing_table_links_each_notebook_to_colab(tmp_path):
-    path = notebook(tmp_path / "01_a.ipynb", "# Title\n\n**Question.** Why\nso?\n\nText.")
+    path = notebook(tmp_path / "01_a.ipynb", "# Title\n\n*Why\nso?*\n\nText.")
     repository = {"url": "https://github.com/me/book", "branch": "main"}
     table = notebook_table([path], {"01_a": {"seconds": 84.4}}, repository)
     assert "[Title](../notebooks/01_a.ipynb) | Why so? | 1 min 24 s |" in table
@@ -206,7 +209,7 @@ def test_the_landing_table_links_each_notebook_to_colab(tmp_path):
 
 
 def test_the_status_page_tells_passed_failed_and_not_run_apart(tmp_path):
-    paths = [notebook(tmp_path / f"{n}.ipynb", f"# {n}\n\n**Question.** Q?") for n in "abc"]
+    paths = [notebook(tmp_path / f"{n}.ipynb", f"# {n}\n\n*Q?*") for n in "abc"]
     ran = {"seconds": 3.0, "finished": "today", "cores": 2, "versions": {"torch": "9.9"}}
     page = status_page(paths, {"a": {"passed": True, **ran}, "b": {"passed": False, **ran}})
     outcomes = re.findall(r"\| (passed|\*\*failed\*\*|not run) \|", page)
@@ -217,16 +220,27 @@ def test_the_status_page_tells_passed_failed_and_not_run_apart(tmp_path):
 def test_results_are_read_from_the_records_in_per_cent(tmp_path):
     rows = [{"method": "PCA", "pixel_ap": 0.1234}, {"method": "full", "pixel_ap": None}]
     record = {"command": "python -m diffad_ref train", "report": rows}
-    (tmp_path / "toy.json").write_text(json.dumps(record))
-    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "toy.json").write_text(json.dumps({"method": "DiffusionAD", "record": record}))
+    (tmp_path / "other.json").write_text(json.dumps({"method": "DiffusionAD", "record": {}}))
     text = result_tables(tmp_path)
     assert "| PCA | 12.3 |" in text and "python -m diffad_ref train" in text
     assert "other" not in text
 
 
+def test_a_whole_report_gives_a_table_by_category_and_one_by_kind(tmp_path):
+    metrics = dict.fromkeys(METRICS, 0.5)
+    row = {"category": "gear", "n_good": 1, "n_defective": 2, **metrics}
+    report = Report("DiffusionAD", [row], [row | {"kind": "bent", "image_auroc": 0.75}], [], 0.1)
+    (tmp_path / "toy.json").write_text(json.dumps({"record": {"report": report.to_dict()}}))
+    text = result_tables(tmp_path)
+    assert (
+        "| gear | 50.0 |" in text and "| mean | 50.0 |" in text and "| gear | bent | 75.0 |" in text
+    )
+
+
 def test_a_row_of_results_may_lack_a_column():
-    table = metric_table([{"method": "a", "image_auroc": 1.0}, {"method": "b", "pixel_ap": 0.5}])
-    assert "| b |  | 50.0 |" in table
+    rows = [{"method": "a", "image_auroc": 1.0}, {"method": "b", "pixel_ap": 0.5}]
+    assert "| b |  | 50.0 |" in str(metric_table(rows))
 
 
 # -------------------------------------------------------------------------------------- check_pages

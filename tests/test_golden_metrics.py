@@ -1,10 +1,8 @@
 """Golden cases 1f (image score) and 1h (the released AUPRO of DiffusionAD)."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
+from golden_files import arrays
 
 from diffad_ref.metrics import (
     aupro_diffusion_ad,
@@ -15,19 +13,18 @@ from diffad_ref.metrics import (
 )
 
 pytestmark = pytest.mark.golden
-FOLDER = Path(os.environ.get("DIFFAD_GOLDEN", Path(__file__).parent / "golden"))
 
 
 @pytest.fixture(scope="module")
 def score():
     """1f: predicted masks, labels, and the scores of the released evaluation."""
-    return np.load(FOLDER / "diffusionad_1f_image_score.npz")
+    return arrays("diffusionad_1f_image_score")
 
 
 @pytest.fixture(scope="module")
 def case():
     """1h: masks, maps, and the overlap curves of the released evaluation."""
-    return np.load(FOLDER / "diffusionad_1h_aupro.npz")
+    return arrays("diffusionad_1h_aupro")
 
 
 def test_image_score_is_the_mean_of_the_50_largest_pixels(score):

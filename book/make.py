@@ -1,7 +1,7 @@
 """Run the notebooks and build the book.
 
-    python book/build.py run    run every notebook now, as tests
-    python book/build.py        run the notebooks that changed, then build _build/html
+    python book/make.py run    run every notebook now, as tests
+    python book/make.py        run the notebooks that changed, then build _build/html
 
 A notebook runs once for both: the executed copy is kept in `build/notebooks` together with the
 fingerprint of everything that its result depends on, and the book is made from those copies.
@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
+
 from check_pages import problems
 from generated import notebook_table, result_tables, status_page
 
@@ -67,6 +68,7 @@ def run(notebooks: list[Path]) -> bool:
     RECORD.write_text(json.dumps(record, indent=1))
 
     report = BUILD / "notebooks.xml"
+    report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-v", "--nbmake", "--overwrite"]
     command += ["--nbmake-kernel=python3", f"--junitxml={report}"]
     keys = {notebook.stem: fingerprint(notebook) for notebook in notebooks}

@@ -1,0 +1,474 @@
+"""`fit`: what interrupts it, what it averages, and what it refuses.
+
+Most tests train `Line`, two weights and a bias, so that a run takes milliseconds.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from diffad_ref.detector import Detector, Rate, Stage
+from diffad_ref.diffusion_ad import DiffusionAD
+from diffad_ref.training import STATE, fit
+
+BOTH = {"slope": Rate(0.05, "cosine", 2), "offset": Rate(0.02)}
+
+
+class Line(Detector):
+    """y = slope · x + offset, with a mean squared error; noise on x comes from the generator."""
+
+    def __init__(self, stages=(Stage("line", 8, 2, BOTH),), noise=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.slope, self.offset = nn.Linear(2, 1, bias=False), nn.Linear(1, 1)
+        self.stages, self.noise = stages, noise
+        self.seen, self.weights = [], []
+
+    def training_loss(self, batch, generator=None):
+        self.seen.append(batch["number"].tolist())
+        self.weights.append(state(self))
+        x = batch["x"] + self.noise * torch.randn(batch["x"].shape, generator=generator)
+        error = self.slope(x) + self.offset(torch.ones(len(x), 1)) - batch["y"]
+        return {"loss": error.square().mean()}
+
+    def predict(self, images, category_index=None, generator=None):
+        raise NotImplementedError
+
+
+class Points(torch.utils.data.Dataset):
+    """Points near a plane."""
+
+    def __init__(self, count=7):
+        g = torch.Generator().manual_seed(1)
+        self.x = torch.randn(count, 2, generator=g)
+        self.y = self.x @ torch.tensor([[2.0], [-1.0]]) + 0.5
+        self.y += 0.3 * torch.randn(count, 1, generator=g)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return {"x": self.x[i], "y": self.y[i], "number": i}
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Six normal images of two categories."""
+
+    categories = ["brick", "gear"]
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i))
+        return {"image": image, "category": self.categories[i % 2]}
+
+
+def state(detector):
+    """A copy of all weights, as one vector."""
+    return torch.cat([v.detach().flatten().clone() for v in detector.state_dict().values()])
+
+
+def train(detector, data=None, **settings):
+    return fit(detector, data or Points(), **{"cpu": True, "progress": False, **settings})
+
+
+def forget_precision():
+    """Accelerate remembers the precision of a process's first run and refuses another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Starts Python code that may use what this file defines, with one thread, on the CPU."""
+
+    def start(code, *launcher):
+        path = tmp_path / "script.py"
+        path.write_text("from test_training import *\n" + code)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        return subprocess.Popen(
+            [sys.executable, *launcher, str(path)],
+            env=environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def finish(process):
+    """Wait for a script; returns what it printed."""
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    return printed
+
+
+# ----------------------------------------------------------------------------------------- it works
+
+
+def test_it_finds_the_least_squares_plane():
+    detector, data = Line((Stage("line", 400, 7, {k: Rate(0.05, "cosine") for k in BOTH}),)), Points()
+    train(detector, data)
+    design = torch.cat([data.x, torch.ones(len(data), 1)], 1)
+    expected = torch.linalg.lstsq(design, data.y).solution.flatten()
+    found = [*detector.slope.weight[0], detector.offset.weight[0, 0] + detector.offset.bias[0]]
+    assert torch.allclose(torch.stack(found), expected, atol=1e-3)
+
+
+def test_history_has_a_row_for_each_step_of_each_stage():
+    first, second = Stage("a", 3, 2, {"slope": Rate(0.1)}), Stage("b", 2, 2, {"offset": Rate(0.1)})
+    history = train(Line((first, second)))
+    assert [(r["stage"], r["step"]) for r in history.rows] == [
+        ("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)
+    ]  # fmt: skip
+    assert history.column("loss", "b") == [r["loss"] for r in history.rows[3:]]
+    assert len(history.column("loss")) == 5 and history.column("noise") == []
+
+
+def test_only_the_parts_that_a_stage_names_change():
+    detector = Line((Stage("a", 3, 2, {"offset": Rate(0.1)}),))
+    slope, offset = detector.slope.weight.clone(), detector.offset.bias.clone()
+    train(detector)
+    assert torch.equal(detector.slope.weight, slope)
+    assert not torch.equal(detector.offset.bias, offset)
+
+
+def test_detector_ends_in_evaluation_mode_and_knows_its_categories(small_config):
+    detector = DiffusionAD(small_config)
+    train(detector, Pictures(), steps=3, batch_size=1)
+    assert not detector.training and detector.categories == ("brick", "gear")
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(None, [600, 300, 100]), (10, [6, 3, 1]), (100, [60, 30, 10]), (1, [1, 1, 1])]
+)
+def test_number_of_steps_is_shared_in_the_proportion_of_the_stages(steps, expected):
+    stages = tuple(Stage(str(n), n, 1, {"offset": Rate(0.0)}) for n in (600, 300, 100))
+    rows = train(Line(stages), steps=steps).rows
+    assert [sum(r["stage"] == s.name for r in rows) for s in stages] == expected
+
+
+def test_learning_rate_follows_its_curve():
+    """With plain numbers: Adam's first step is as long as its rate."""
+    for warmup, first in ((0, 0.1), (3, 0.1 / 4)):
+        detector = Line((Stage("a", 4, 7, {"slope": Rate(0.1, "cosine", warmup)}),))
+        train(detector)
+        before, after = (w[:2] for w in detector.weights[:2])
+        assert torch.allclose((after - before).abs(), torch.full((2,), first), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "share"),
+    [
+        ("constant", 99, 1.0),
+        ("cosine", 0, 1.0),
+        ("cosine", 50, 0.5),
+        ("cycle", 0, 1.0),
+        ("cycle", 5, 0.5),
+        ("cycle", 10, 0.0),
+        ("cycle", 20, 1.0),
+    ],
+)
+def test_rate_at_a_step_is_this_share_of_its_peak(schedule, step, share):
+    assert Rate(2.0, schedule).at(step, 100) == pytest.approx(2 * share, abs=1e-12)
+
+
+def test_unknown_schedule_of_a_rate_is_refused():
+    with pytest.raises(ValueError, match="constant, cosine or cycle, not 'linear'"):
+        Rate(1.0, "linear").at(0, 10)
+
+
+def test_gradient_is_clipped_to_its_largest_norm():
+    """SGD would show the norm; Adam hides it, but with a tiny clip its epsilon does not."""
+    free, clipped = (
+        Line((Stage("a", 1, 7, {"slope": Rate(0.1)}, clip=clip),)) for clip in (None, 1e-8)
+    )
+    moves = []
+    for detector in (free, clipped):
+        before = detector.slope.weight.clone()
+        train(detector)
+        moves.append((detector.slope.weight - before).norm().item())
+    assert moves[1] < 0.75 * moves[0]  # |g| / (|g| + 1e-8) is at most a half per axis
+
+
+# ------------------------------------------------------------------------------- which images, when
+
+
+def test_every_image_is_seen_once_an_epoch_in_a_new_order():
+    detector = Line((Stage("a", 7, 2, BOTH),))  # 14 images: two epochs of seven
+    train(detector)
+    order = [n for batch in detector.seen for n in batch]
+    first, second = order[:7], order[7:]
+    assert sorted(first) == sorted(second) == list(range(7)) and first != second
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    detector = Line((Stage("a", 1, 16, BOTH),))
+    train(detector)
+    assert sorted(detector.seen[0]) == sorted([*range(7), *range(7), *detector.seen[0][14:]])
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not(small_config):
+    ends = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        detector = DiffusionAD(small_config)
+        torch.manual_seed(len(ends))  # the state of the global generator does not matter
+        train(detector, Pictures(), steps=3, batch_size=2, seed=seed)
+        ends.append(state(detector))
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    detector = Line(noise=0.1)
+    torch.manual_seed(5)
+    train(detector)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# -------------------------------------------------------------------------------------- averaging
+
+
+def test_accumulated_batches_are_one_larger_batch():
+    ends = []
+    for batch_size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        detector = Line()
+        history = train(detector, batch_size=batch_size, accumulate=accumulate)
+        ends.append((state(detector), torch.tensor(history.column("loss"))))
+    for weights, losses in ends[1:]:
+        assert torch.allclose(weights, ends[0][0], atol=1e-6)
+        assert torch.allclose(losses, ends[0][1], atol=1e-6)
+
+
+def test_average_of_the_weights_is_the_recursion_by_hand():
+    plain, averaged = Line(), Line()
+    train(plain)
+    train(averaged, ema=0.4)
+    weights = [*plain.weights, state(plain)]  # before each step, and after the last
+    mean = weights[0]
+    for k, now in enumerate(weights[1:], 1):
+        decay = min(0.4, k / (k + 10))
+        mean = decay * mean + (1 - decay) * now
+    assert torch.allclose(state(averaged), mean, atol=1e-6)
+    assert not torch.allclose(state(plain), mean, atol=1e-3)
+
+
+def test_next_stage_starts_from_the_average_of_the_last():
+    stages = (Stage("a", 4, 2, BOTH), Stage("b", 4, 2, BOTH))
+    one, two = Line(stages[:1]), Line(stages)
+    train(one, ema=0.5)
+    train(two, ema=0.5)
+    assert torch.equal(two.weights[4], state(one))
+
+
+# ----------------------------------------------------------------------------- broken off, continued
+
+
+class Killed(BaseException):
+    """What no handler catches."""
+
+
+def stop_at(detector, call):
+    """Make the detector's training loss raise at its n-th call, counted from 0."""
+    real, calls = detector.training_loss, iter(range(10**9))
+
+    def loss(batch, generator=None):
+        if next(calls) == call:
+            raise Killed
+        return real(batch, generator)
+
+    detector.training_loss = loss
+
+
+TWO = (
+    Stage("a", 4, 2, {"slope": Rate(0.05, "cosine", 2)}, "adamw", 0.01, 1.0),
+    Stage("b", 5, 3, BOTH),
+)
+
+
+@pytest.mark.parametrize("call", range(18))
+def test_a_run_stopped_at_any_batch_ends_with_the_weights_of_an_unbroken_one(tmp_path, call):
+    settings = {"accumulate": 2, "ema": 0.9, "save_every": 2}
+    unbroken = Line(TWO, noise=0.1)
+    history = train(unbroken, **settings)
+    stopped, resumed = Line(TWO, noise=0.1), Line(TWO, noise=0.1)
+    stop_at(stopped, call)
+    with pytest.raises(Killed):
+        train(stopped, out=tmp_path, **settings)
+    assert train(resumed, out=tmp_path, **settings).rows == history.rows
+    assert torch.equal(state(resumed), state(unbroken))
+    assert len(resumed.seen) >= 18 - call  # and at most one checkpoint's distance more
+    assert len(resumed.seen) <= 18 - call + 2 * 2
+
+
+@pytest.mark.parametrize("call", [3, 7, 11], ids=["denoiser", "segmentation", "joint"])
+def test_a_diffusion_ad_stopped_in_any_stage_resumes_bit_for_bit(tmp_path, small_config, call):
+    """Two steps of two batches a stage; the stop falls into the second step's second batch."""
+    stages = tuple(replace(s, steps=2, batch_size=2) for s in small_config.stages)
+    config = replace(small_config, stages=stages)
+    settings = {"accumulate": 2, "ema": 0.9, "save_every": 1}
+
+    def build(seed):
+        torch.manual_seed(seed)
+        return DiffusionAD(config)
+
+    unbroken, stopped = build(0), build(0)
+    resumed = build(1)  # its own first weights must not matter
+    history = train(unbroken, Pictures(), **settings)
+    stop_at(stopped, call)
+    with pytest.raises(Killed):
+        train(stopped, Pictures(), out=tmp_path, **settings)
+    assert train(resumed, Pictures(), out=tmp_path, **settings).rows == history.rows
+    assert torch.equal(state(resumed), state(unbroken))
+
+
+def test_a_process_killed_without_warning_resumes_bit_for_bit(tmp_path, script):
+    stage = Stage("line", 200, 2, BOTH)
+    process = script(f"""
+class Slow(Line):
+    def training_loss(self, *rest):
+        time.sleep(0.01)
+        return super().training_loss(*rest)
+
+Slow.__name__ = "Line"
+train(Slow(({stage!r},), noise=0.1), out={str(tmp_path)!r}, save_every=1, ema=0.9)
+""")
+    while not (tmp_path / STATE).exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    time.sleep(0.4)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    unbroken, resumed = Line((stage,), noise=0.1), Line((stage,), noise=0.1)
+    history = train(unbroken, ema=0.9)
+    assert train(resumed, out=tmp_path, save_every=1, ema=0.9).rows == history.rows
+    assert torch.equal(state(resumed), state(unbroken))
+    assert 0 < len(resumed.seen) < 200
+
+
+def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path):
+    first, again = Line(), Line()
+    history = train(first, out=tmp_path)
+    assert train(again, out=tmp_path).rows == history.rows
+    assert torch.equal(state(again), state(first)) and again.seen == []
+
+
+@pytest.mark.parametrize(
+    ("other", "different"),
+    [
+        ({"seed": 1}, "settings"),
+        ({"ema": 0.9}, "settings"),
+        ({"accumulate": 2}, "settings"),
+        ({"steps": 4}, "stages"),
+        ({"batch_size": 3}, "stages"),
+        ({"data": Points(8)}, "images"),
+    ],
+)
+def test_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path, other, different):
+    train(Line(), out=tmp_path)
+    before = (tmp_path / STATE).read_bytes()
+    with pytest.raises(ValueError, match=rf"holds another run \(different {different}\)"):
+        train(Line(), **{"out": tmp_path, **other})
+    assert (tmp_path / STATE).read_bytes() == before
+
+
+def test_damaged_state_of_a_run_is_named(tmp_path):
+    train(Line(), out=tmp_path)
+    path = tmp_path / STATE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{STATE} is damaged"):
+        train(Line(), out=tmp_path)
+
+
+# ------------------------------------------------------------------------------------ refused, named
+
+
+def test_empty_data_is_refused():
+    with pytest.raises(ValueError, match="the data set is empty"):
+        train(Line(), torch.utils.data.Subset(Points(), []))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_names_stage_and_step_and_the_last_checkpoint(tmp_path, value):
+    detector = Line((Stage("warm", 2, 2, BOTH), Stage("hot", 5, 2, BOTH)))
+    real = detector.training_loss
+
+    def loss(batch, generator=None):
+        scale = value if len(detector.seen) == 5 else 1.0
+        return {"loss": real(batch, generator)["loss"] * scale}
+
+    detector.training_loss = loss
+    with pytest.raises(ValueError, match=r"loss of step 3 in stage 'hot' is .*(nan|inf)") as error:
+        train(detector, out=tmp_path)
+    assert str(tmp_path / STATE) in str(error.value)
+    assert torch.isfinite(state(detector)).all()
+
+
+# ------------------------------------------------------------------------- precision, processes, size
+
+
+def test_bfloat16_trains_every_stage_to_finite_losses(small_config):
+    forget_precision()
+    try:
+        history = train(
+            DiffusionAD(small_config), Pictures(), steps=3, batch_size=2, mixed_precision="bf16"
+        )
+    finally:
+        forget_precision()
+    losses = torch.tensor(history.column("loss"))
+    assert len(losses) == 3 and torch.isfinite(losses).all()
+
+
+def test_two_processes_are_one_with_batches_twice_as_large(tmp_path, script):
+    code = f"""
+detector = Line()
+history = train(detector, out="run")
+rank = os.environ["RANK"]
+torch.save([state(detector), detector.seen, history.column("loss")], f"{{rank}}.pt")
+assert os.environ["WORLD_SIZE"] == "2"
+"""
+    finish(script(code, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
+    (first, seen, losses), (second, also_seen, _) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
+    )
+    one = Line()
+    history = train(one, batch_size=4)
+    assert torch.equal(first, second)
+    assert torch.allclose(first, state(one), atol=1e-6)
+    assert [a + b for a, b in zip(seen, also_seen, strict=True)] == one.seen
+    assert (tmp_path / "run" / STATE).exists()
+
+
+def test_a_step_of_the_tiny_profile_stays_under_two_gigabytes(script):
+    printed = finish(
+        script("""
+import resource
+from diffad_ref.diffusion_ad import Config
+
+class Large(Pictures):
+    def __getitem__(self, i):
+        return {"image": torch.rand(3, 64, 64), "category": "gear"}
+
+train(DiffusionAD(Config.tiny()), Large(), steps=3)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+""")
+    )
+    assert float(printed.split()[-1]) < 2  # ru_maxrss counts kilobytes on Linux
