@@ -157,9 +157,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text entries of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    """The text entries of a safetensors file; a damaged one raises ValueError with its name."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def from_plain(kind: type, value: object):

@@ -116,10 +116,23 @@ def toy_factory(
 def draw(
     category: str, split: str, kind: str, index: int, size: int = 64, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one image, uint8 (size, size, 3), and its mask, uint8 (size, size) in {0, 255}.
+    """Draw one image, uint8 (size, size, 3), and its mask, uint8 (size, size) in {0, 255}."""
+    image, _, mask = draw_pair(category, split, kind, index, size, seed)
+    return image, mask
 
-    A defective image is drawn twice, with and without its defect, under the same pose, light and
-    noise. The mask is where the two differ visibly, with its gaps closed.
+
+def draw_pair(
+    category: str, split: str, kind: str, index: int, size: int = 64, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw an image with its defect, the same without it, and the mask of the difference.
+
+    Both have the same pose, light and camera noise, so the second is what a perfect detector would
+    reconstruct from the first. The mask is where the two differ visibly, with its gaps closed.
+
+    Returns
+    -------
+    image, normal : uint8 (size, size, 3)
+    mask : uint8 (size, size), 0 or 255
     """
     if category not in KINDS:
         raise ValueError(f"unknown toy category {category!r}; there are {', '.join(CATEGORIES)}")
@@ -153,8 +166,8 @@ def draw(
         ):  # else: hardly visible, draw again
             break
 
-    noisy = bad + rng.normal(0, 0.012, bad.shape)
-    return _to_uint8(noisy), mask.astype(np.uint8) * 255
+    noise = rng.normal(0, 0.012, bad.shape)
+    return _to_uint8(bad + noise), _to_uint8(good + noise), mask.astype(np.uint8) * 255
 
 
 def cache_folder() -> Path:
