@@ -7,8 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffad_ref.evaluation import Report
-from diffad_ref.tables import Table
+from diffad_ref.evaluation import Report, compare, compare_kinds
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
@@ -82,32 +81,28 @@ def status_page(notebooks: Sequence[Path], record: dict) -> str:
     )
 
 
-def result_tables(weights: Path) -> str:
-    """Our own numbers: the tables of every record beside a file of shipped weights.
+def result_tables(records: Path, names: dict[str, str]) -> str:
+    """Our own numbers, one section for each folder of records that `evaluate --save` wrote.
 
-    The record of a checkpoint has a `command`, the line that made the weights, and a `report`:
-    rows, or a whole `Report` as a dict.
+    Parameters
+    ----------
+    records : Path
+        Has a folder for each data set, with a JSON file for each detector.
+    names : dict
+        Title of the section for each folder, in the order of the page.
     """
     parts = []
-    for path in sorted(weights.glob("*.json")):
-        description = json.loads(path.read_text())
-        record = description.get("record", description)
-        report = record.get("report")
-        if not report:
-            continue
-        parts.append(f"### `{path.stem}`\n")
-        if record.get("command"):
-            parts.append(f"Made by\n\n```bash\n{record['command']}\n```\n")
-        if isinstance(report, dict):
-            report = Report.from_dict(report)
-            parts += [f"{report.table()}\n", "By kind of defect:\n", f"{report.by_kind()}\n"]
-        else:
-            parts.append(f"{metric_table(report)}\n")
-    return "\n".join(parts) or "No record of trained weights is shipped with this version.\n"
-
-
-def metric_table(rows: Sequence[dict]) -> Table:
-    """Rows of an evaluation in per cent, as the notebooks show them."""
-    columns = dict.fromkeys(key for row in rows for key in row)
-    words = sum(isinstance(rows[0].get(column), str) for column in columns)
-    return Table(tuple(columns), list(rows), labels=words)
+    for folder, title in names.items():
+        found = {p.stem.replace("_", " "): p for p in (records / folder).glob("*.json")}
+        found = {name: json.loads(path.read_text()) for name, path in found.items()}
+        reports = {name: Report.from_dict(record["report"]) for name, record in found.items()}
+        order = sorted(reports, key=lambda name: reports[name].mean["pixel_ap"])
+        reports = {name: reports[name] for name in order}
+        commands = [line for name in order for line in found[name]["commands"]]
+        parts += [f"### {title}\n", f"{compare(reports)}\n"]
+        for metric, words in (("image_auroc", "image AUROC"), ("pixel_ap", "pixel AP")):
+            parts.append(f"By kind of defect, {words}:\n\n{compare_kinds(reports, metric)}\n")
+        best = order[-1]
+        parts.append(f"By category, {best}:\n\n{reports[best].table()}\n")
+        parts.append("Made by\n\n```bash\n" + "\n".join(dict.fromkeys(commands)) + "\n```\n")
+    return "\n".join(parts)

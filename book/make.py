@@ -33,6 +33,11 @@ RECORD = BUILD / "notebooks.json"  # what happened when they ran
 SOURCE = BUILD / "source"  # what Sphinx reads
 HTML = ROOT / "_build" / "html"
 
+DATA_SETS = {  # folders of book/records and their titles
+    "toy": "Toy factory, 64 pixels, one model for six categories",
+    "tile": "Magnetic tiles, a sample of real photographs, 128 pixels",
+}
+
 
 def versions() -> dict[str, str]:
     """What the notebooks ran on."""
@@ -112,7 +117,7 @@ def stage(notebooks: list[Path]) -> None:
     generated = SOURCE / "book" / "_generated"
     generated.mkdir()
     (generated / "notebooks.md").write_text(notebook_table(notebooks, record, repository))
-    (generated / "results.md").write_text(result_tables(ROOT / "diffad_ref" / "weights"))
+    (generated / "results.md").write_text(result_tables(ROOT / "book" / "records", DATA_SETS))
     (SOURCE / "book" / "status.md").write_text(status_page(notebooks, record))
 
 

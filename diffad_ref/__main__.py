@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import platform
 import shlex
@@ -16,24 +18,35 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import diffad_ref
-from diffad_ref.checkpoints import METHODS, load_checkpoint, read_description, save_checkpoint
+from diffad_ref.baselines import PCA, Template
+from diffad_ref.checkpoints import (
+    METHODS,
+    add_to_record,
+    load_checkpoint,
+    read_description,
+    save_checkpoint,
+    write_text,
+)
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.evaluation import evaluate
 from diffad_ref.texture_sources import texture_bank
 from diffad_ref.toy import toy_factory
 from diffad_ref.training import fit
 
+BASELINES = {"template": Template, "PCA": PCA}
 DATA = "a folder in the MVTec layout (<category>/train/good, test/…), or the word toy"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, or 2 with a message when the input is at fault."""
+    argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
+    arguments.command = "python -m diffad_ref " + shlex.join(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
         arguments.run(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"diffad_ref: {error}", file=sys.stderr)
         return 2
     return 0
@@ -83,12 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help=" ")
 
     sub = command(_evaluate, "measure a detector on the test images of a folder")
-    sub.add_argument("weights", help="a .safetensors file with its .json")
+    sub.add_argument("weights", help="a .safetensors file with its .json; or template or PCA")
     sub.add_argument("data", help=DATA)
     sub.add_argument("--categories", nargs="+", help="only these")
+    sub.add_argument("--image-size", type=int, help="pixels, for template and PCA")
     sub.add_argument("--batch-size", type=int, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
-    sub.add_argument("--record", action="store_true", help="write the report into the .json")
+    sub.add_argument("--save", type=Path, help="write the report and its commands as JSON")
+    sub.add_argument("--record", action="store_true", help="write it into the weights' .json")
     sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     sub = command(_predict, "write heat maps and scores for your own images")
@@ -140,7 +155,7 @@ def _train(arguments) -> None:
         num_workers=arguments.workers,
     )
     record = {
-        "command": "python -m diffad_ref " + shlex.join(sys.argv[1:]),
+        "command": arguments.command,
         "seed": arguments.seed,
         "steps": len(history.rows),
         "minutes_since_last_start": round((time.time() - start) / 60, 1),
@@ -152,41 +167,59 @@ def _train(arguments) -> None:
             if name not in ("step", "stage")
         },
     }
-    print(save_checkpoint(detector, arguments.out / "weights", record))
+    # Half the size; what a run needs to go on is kept in full beside it.
+    print(save_checkpoint(detector, arguments.out / "weights", record, half=True))
 
 
 def _evaluate(arguments) -> None:
-    detector = load_checkpoint(arguments.weights)
-    root = _root(arguments.data, detector.config.image_size, 0)
-    data = AnomalyFolder(root, "test", detector.config.image_size, arguments.categories)
+    commands = [arguments.command]
+    if arguments.weights in BASELINES:
+        size, trained = arguments.image_size or 64, {}
+        root = _root(arguments.data, size, 0)
+        train = AnomalyFolder(root, "train", size, arguments.categories)
+        detector = BASELINES[arguments.weights]().fit(train)
+    else:
+        detector = load_checkpoint(arguments.weights)
+        size, trained = detector.config.image_size, read_description(arguments.weights)["record"]
+        root = _root(arguments.data, size, 0)
+        commands = [trained["command"], *commands] if "command" in trained else commands
+    data = AnomalyFolder(root, "test", size, arguments.categories)
     report = evaluate(detector, data, batch_size=arguments.batch_size, seed=arguments.seed)
-    print(report.to_json() if arguments.json else report)
+    print(report.to_json() if arguments.json else f"{report}\n\n{report.by_kind()}")
+    if arguments.save:
+        entries = {"commands": commands, "versions": versions(), "report": report.to_dict()}
+        write_text(json.dumps(entries, indent=1), arguments.save)
     if arguments.record:
-        record = read_description(arguments.weights)["record"]
-        record["report"] = json.loads(report.to_json())
-        save_checkpoint(detector, arguments.weights, record)
+        add_to_record(arguments.weights, {"report": report.to_dict()})
 
 
 def _predict(arguments) -> None:
     from diffad_ref.plots import save_heat_map  # matplotlib is slow to import
 
     detector = load_checkpoint(arguments.weights)
-    folder = arguments.images
-    data = AnomalyFolder.from_folders(test=folder, image_size=detector.config.image_size)
+    image = arguments.images if arguments.images.is_file() else None
+    folder = image.parent if image else arguments.images
+    source = {"good": folder} if image else {"test": folder}  # an image alone has no kind
+    data = AnomalyFolder.from_folders(**source, image_size=detector.config.image_size)
+    if image:
+        data.samples = [sample for sample in data.samples if sample.path == image]
+    if not data.samples:
+        raise ValueError(f"{image} does not end as an image does")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    lines = ["path,score"]
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["path", "score"])
     loader = DataLoader(data, arguments.batch_size)
     for number, batch in enumerate(tqdm(loader, "predict")):
         generator = torch.Generator().manual_seed(arguments.seed + number)
         prediction = detector.predict(batch["image"], generator=generator)
         for i, path in enumerate(batch["path"]):
-            save_heat_map(
-                batch["image"][i],
-                prediction.anomaly_map[i],
-                arguments.out / f"{Path(path).stem}_map.png",
-            )
-            lines.append(f"{path},{prediction.score[i]:.6f}")
-    (arguments.out / "scores.csv").write_text("\n".join(lines) + "\n")
+            name = Path(path).relative_to(folder)  # sub-folders may hold files of equal name
+            heat_map = arguments.out / name.with_name(f"{name.name}_map.png")
+            heat_map.parent.mkdir(parents=True, exist_ok=True)
+            save_heat_map(batch["image"][i], prediction.anomaly_map[i], heat_map)
+            rows.writerow([path, f"{prediction.score[i]:.6f}"])
+    write_text(table.getvalue(), arguments.out / "scores.csv")
     print(arguments.out / "scores.csv")
 
 

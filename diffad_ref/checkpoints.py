@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
+import threading
 import types
 import typing
 from pathlib import Path
@@ -37,7 +37,7 @@ def save_checkpoint(
     half : bool
         Store float32 as float16: half the size, for weights that are shipped.
     """
-    path = Path(path).with_suffix(".safetensors")
+    path = _weights_path(path)
     state = {
         name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()
     }
@@ -49,8 +49,9 @@ def save_checkpoint(
         "config": dataclasses.asdict(detector.config),
         "record": record or {},
     }
+    text = json.dumps(description, indent=2)  # first: if it cannot be, the old pair stays
     write_tensors(state, path)
-    write_text(json.dumps(description, indent=2), path.with_suffix(".json"))
+    write_text(text, path.with_suffix(".json"))
     return path
 
 
@@ -69,16 +70,21 @@ def load_checkpoint(path: str | os.PathLike, method: str | None = None) -> Detec
     ValueError
         The files are damaged, do not belong together, or hold another method.
     """
-    path = Path(path).with_suffix(".safetensors")
+    path = _weights_path(path)
     description = read_description(path)
     found = description["method"]
-    if found not in METHODS:
+    if str(found) not in METHODS:
         raise ValueError(f"{path} holds the unknown method {found!r}; known: {', '.join(METHODS)}")
     if method is not None and found != method:
         raise ValueError(f"{path} holds weights of {found}, not of {method}")
     kind = METHODS[found]
-    detector = kind(from_plain(kind.Config, description["config"]))
-    detector.categories = tuple(description["categories"])
+    try:
+        detector = kind(from_plain(kind.Config, description["config"]))
+        detector.categories = tuple(description["categories"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path.with_suffix('.json')} describes no {found}: {type(error).__name__}: {error}"
+        ) from error
     load_weights(detector, read_tensors(path), path)
     return detector.eval()
 
@@ -87,23 +93,32 @@ def pretrained(name: str) -> Detector:
     """One of the tiny detectors that ship with the package, such as "diffusion_ad_toy"."""
     names = sorted(p.stem for p in SHIPPED.glob("*.safetensors"))
     if name not in names:
-        raise ValueError(f"no weights called {name!r} are shipped; there are {', '.join(names)}")
+        raise ValueError(
+            f"no weights called {name!r} are shipped; there are {', '.join(names) or 'none'}"
+        )
     return load_checkpoint(SHIPPED / name)
 
 
 def read_description(path: str | os.PathLike) -> dict:
     """The JSON beside a weights file: method, categories, config, record."""
-    path = Path(path).with_suffix(".json")
+    path = _weights_path(path).with_suffix(".json")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it belongs beside the .safetensors file")
     try:
-        description = json.loads(path.read_text())
+        description = json.loads(path.read_text("utf-8"))
         missing = {"method", "categories", "config"} - set(description)
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # no text, no JSON, or no dict
         raise ValueError(f"{path} is damaged: {error}") from error
     if missing:
         raise ValueError(f"{path} is no description of a detector: it lacks {sorted(missing)}")
     return description
+
+
+def add_to_record(path: str | os.PathLike, entries: dict) -> None:
+    """Add entries to the record in the JSON beside a weights file; the weights stay as they are."""
+    description = read_description(path)
+    description["record"] = (description.get("record") or {}) | entries
+    write_text(json.dumps(description, indent=2), _weights_path(path).with_suffix(".json"))
 
 
 def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: object) -> None:
@@ -119,31 +134,44 @@ def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: obje
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
 
 
+def _weights_path(path: str | os.PathLike) -> Path:
+    """The .safetensors file that a name with or without its ending means; "w-0.5" has none."""
+    path = Path(path)
+    stem = path.stem if path.suffix in (".safetensors", ".json") else path.name
+    return path.with_name(f"{stem}.safetensors")
+
+
 # ----------------------------------------------------------------------------------- safe on disk
 
 
 def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
     """Save tensors under a temporary name, then rename: the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
+    unfinished = _unfinished(path)
     try:
-        save_file(state, temporary, metadata)
-        os.replace(temporary, path)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # safetensors would let nobody else read the file
+        save_file(state, unfinished, metadata)
+        unfinished.chmod(mode)
+        os.replace(unfinished, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_text(text: str, path: Path) -> None:
     """Like `write_tensors`, for text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    unfinished = _unfinished(path)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """A hidden name beside `path`, for one writer; `tempfile` would make it unreadable for others."""
+    return path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -249,19 +249,8 @@ class DiffusionAD(Detector):
         super().__init__()
         self.config = config = config or Config.paper()
         self.schedule = Schedule.named(config.schedule, config.steps)
-        self.denoiser = Denoiser(
-            adm_unet(
-                3 * config.patch_size**2,
-                config.width,
-                config.multipliers,
-                config.blocks,
-                config.attention_levels,
-                config.heads,
-                norm_groups=config.norm_groups,
-            ),
-            config.patch_size,
-            {"noise": None, "image": self.schedule.abar}[config.predicts],
-        )
+        if config.reconstruct:
+            self.denoiser = _denoiser(config, self.schedule)
         self.segmenter = SegmentationNet(6, config.segmentation_width, config.segmentation_norm)
         self.stages = config.stages
         self.textures = textures
@@ -369,3 +358,18 @@ class DiffusionAD(Detector):
         if images.shape[-2:] != (size, size):
             got = f"{images.shape[-2]} x {images.shape[-1]}"
             raise ValueError(f"this model was built for {size} x {size} images, not {got}")
+
+
+def _denoiser(config: Config, schedule: Schedule) -> Denoiser:
+    unet = adm_unet(
+        3 * config.patch_size**2,
+        config.width,
+        config.multipliers,
+        config.blocks,
+        config.attention_levels,
+        config.heads,
+        norm_groups=config.norm_groups,
+    )
+    return Denoiser(
+        unet, config.patch_size, {"noise": None, "image": schedule.abar}[config.predicts]
+    )
