@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -28,7 +29,7 @@ from diffad_ref.checkpoints import (
     write_text,
 )
 from diffad_ref.data import AnomalyFolder
-from diffad_ref.evaluation import evaluate
+from diffad_ref.evaluation import batch_generator, evaluate
 from diffad_ref.texture_sources import texture_bank
 from diffad_ref.toy import toy_factory
 from diffad_ref.training import fit
@@ -64,13 +65,13 @@ def _parser() -> argparse.ArgumentParser:
             help=help,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        sub.add_argument("--threads", type=int, help="CPU threads; fewer can be faster")
+        sub.add_argument("--threads", type=positive, help="CPU threads; fewer can be faster")
         sub.set_defaults(run=run)
         return sub
 
     sub = command(_data, "make the toy data set, or say what a folder holds")
     sub.add_argument("data", help=DATA)
-    sub.add_argument("--image-size", type=int, default=64, help="pixels, for the toy")
+    sub.add_argument("--image-size", type=positive, default=64, help="pixels, for the toy")
     sub.add_argument("--seed", type=int, default=0, help="for the toy")
 
     sub = command(_train, "train a detector on the good images of a folder")
@@ -79,28 +80,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", choices=sorted(METHODS), default="DiffusionAD", help="which paper")
     sub.add_argument("--profile", choices=["tiny", "paper"], default="tiny", help="CPU or GPU size")
     sub.add_argument(
-        "--image-size", type=int, default=None, help="pixels, instead of the profile's"
+        "--image-size", type=positive, default=None, help="pixels, instead of the profile's"
     )
     sub.add_argument("--categories", nargs="+", help="only these")
     sub.add_argument("--textures", help="folder of foreign textures, such as dtd/images")
     sub.add_argument(
         "--no-reconstruction", action="store_true", help="the segmentation-only ablation"
     )
-    sub.add_argument("--steps", type=int, help="instead of the recipe's")
-    sub.add_argument("--batch-size", type=int, help="instead of the recipe's")
-    sub.add_argument("--accumulate", type=int, default=1, help="batches a step")
+    sub.add_argument("--steps", type=positive, help="instead of the recipe's")
+    sub.add_argument("--batch-size", type=positive, help="instead of the recipe's")
+    sub.add_argument("--accumulate", type=positive, default=1, help="batches a step")
     sub.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no", help=" ")
     sub.add_argument("--ema", type=float, help="decay of an average of the weights, such as 0.999")
     sub.add_argument("--workers", type=int, default=0, help="processes that load images")
-    sub.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    sub.add_argument("--save-every", type=positive, default=500, help="steps between checkpoints")
     sub.add_argument("--seed", type=int, default=0, help=" ")
 
     sub = command(_evaluate, "measure a detector on the test images of a folder")
     sub.add_argument("weights", help="a .safetensors file with its .json; or template or PCA")
     sub.add_argument("data", help=DATA)
     sub.add_argument("--categories", nargs="+", help="only these")
-    sub.add_argument("--image-size", type=int, help="pixels, for template and PCA")
-    sub.add_argument("--batch-size", type=int, default=32, help="images at a time")
+    sub.add_argument("--image-size", type=positive, help="pixels, for template and PCA")
+    sub.add_argument("--batch-size", type=positive, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
     sub.add_argument("--save", type=Path, help="write the report and its commands as JSON")
     sub.add_argument("--record", action="store_true", help="write it into the weights' .json")
@@ -110,9 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("weights", help="a .safetensors file with its .json")
     sub.add_argument("images", type=Path, help="an image or a folder of images")
     sub.add_argument("--out", required=True, type=Path, help="folder for heat maps and scores.csv")
-    sub.add_argument("--batch-size", type=int, default=32, help="images at a time")
+    sub.add_argument("--batch-size", type=positive, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 def _data(arguments) -> None:
@@ -179,7 +188,7 @@ def _evaluate(arguments) -> None:
         train = AnomalyFolder(root, "train", size, arguments.categories)
         detector = BASELINES[arguments.weights]().fit(train)
     else:
-        detector = load_checkpoint(arguments.weights)
+        detector = load_checkpoint(arguments.weights).to(Accelerator().device)
         size, trained = detector.config.image_size, read_description(arguments.weights)["record"]
         root = _root(arguments.data, size, 0)
         commands = [trained["command"], *commands] if "command" in trained else commands
@@ -196,7 +205,9 @@ def _evaluate(arguments) -> None:
 def _predict(arguments) -> None:
     from diffad_ref.plots import save_heat_map  # matplotlib is slow to import
 
-    detector = load_checkpoint(arguments.weights)
+    if not arguments.images.exists():
+        raise FileNotFoundError(f"there is no image or folder {arguments.images}")
+    detector = load_checkpoint(arguments.weights).to(Accelerator().device)
     image = arguments.images if arguments.images.is_file() else None
     folder = image.parent if image else arguments.images
     source = {"good": folder} if image else {"test": folder}  # an image alone has no kind
@@ -211,7 +222,7 @@ def _predict(arguments) -> None:
     rows.writerow(["path", "score"])
     loader = DataLoader(data, arguments.batch_size)
     for number, batch in enumerate(tqdm(loader, "predict")):
-        generator = torch.Generator().manual_seed(arguments.seed + number)
+        generator = batch_generator(detector.device, arguments.seed, number)
         prediction = detector.predict(batch["image"], generator=generator)
         for i, path in enumerate(batch["path"]):
             name = Path(path).relative_to(folder)  # sub-folders may hold files of equal name

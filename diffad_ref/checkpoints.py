@@ -170,7 +170,7 @@ def write_text(text: str, path: Path) -> None:
 
 
 def _unfinished(path: Path) -> Path:
-    """A hidden name beside `path`, for one writer; `tempfile` would make it unreadable for others."""
+    """A hidden name beside `path`; what `tempfile` makes is readable for its owner alone."""
     return path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
 
 

@@ -79,7 +79,7 @@ class Stage:
 class Detector(nn.Module, ABC):
     """Base class of DiffusionAD, DeCo-Diff and One-for-More.
 
-    A subclass defines `Config` (a frozen dataclass with `tiny()` and `paper()`), sets
+    A subclass defines ``Config`` (a frozen dataclass with `tiny()` and `paper()`), sets
     `self.config`, `self.stages` and `self.categories`, and implements `training_loss` and
     `predict`. Its direct children are the parts that a `Stage` names.
     """

@@ -11,6 +11,7 @@ numbered as in the book; D1 and D2 stand in `diffusion.py`, D12 in `anomalies.py
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -248,6 +249,7 @@ class DiffusionAD(Detector):
     def __init__(self, config: Config | None = None, textures: Tensor | None = None):
         super().__init__()
         self.config = config = config or Config.paper()
+        _check_size(config)
         self.schedule = Schedule.named(config.schedule, config.steps)
         if config.reconstruct:
             self.denoiser = _denoiser(config, self.schedule)
@@ -358,6 +360,14 @@ class DiffusionAD(Detector):
         if images.shape[-2:] != (size, size):
             got = f"{images.shape[-2]} x {images.shape[-1]}"
             raise ValueError(f"this model was built for {size} x {size} images, not {got}")
+
+
+def _check_size(config: Config) -> None:
+    """Each level of a network halves the image, so its size must divide."""
+    denoiser = config.patch_size * 2 ** (len(config.multipliers) - 1)
+    multiple = math.lcm(denoiser, 2**5)  # the segmentation network has six levels
+    if config.image_size % multiple:
+        raise ValueError(f"image_size must be a multiple of {multiple}, not {config.image_size}")
 
 
 def _denoiser(config: Config, schedule: Schedule) -> Denoiser:

@@ -217,7 +217,7 @@ def _predict_all(detector, dataset, batch_size, seed, progress):
         for number, batch in enumerate(tqdm(loader, desc="evaluate", disable=not progress)):
             inputs = batch["image"].to(device)
             index = _category_index(detector, batch).to(device)
-            generator = _batch_generator(device, seed, number)
+            generator = batch_generator(device, seed, number)
             _wait_for(device)
             start = time.perf_counter()
             prediction = detector.predict(inputs, category_index=index, generator=generator)
@@ -323,7 +323,7 @@ def _check_prediction(prediction, batch: dict) -> None:
         raise ValueError(f"the detector returned NaN for images of {', '.join(names)}")
 
 
-def _batch_generator(device, seed: int, number: int) -> torch.Generator:
+def batch_generator(device, seed: int, number: int) -> torch.Generator:
     """Mix seed and number well: neighbouring seeds must not share batches of noise."""
     mixed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     return torch.Generator(device).manual_seed(mixed)

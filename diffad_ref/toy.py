@@ -84,7 +84,9 @@ def toy_factory(
         return folder
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".toy-", dir=folder.parent))
+    hidden = Path(tempfile.mkdtemp(prefix=".toy-", dir=folder.parent))
+    unfinished = hidden / folder.name  # within, because mkdtemp's own folder is for one user only
+    unfinished.mkdir()
     try:
         jobs = [
             (category, split, kind, i)
@@ -109,7 +111,7 @@ def toy_factory(
         if not folder.exists():  # another process may have finished the same folder first
             raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
     return folder
 
 

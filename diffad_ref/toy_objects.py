@@ -68,7 +68,7 @@ class Pose:
 
     @staticmethod
     def draw(rng: np.random.Generator, turn: float, scale: Point, shift: float) -> Pose:
-        """A random pose: |turn| in degrees, a range of scales, |shift| per axis."""
+        """A random pose: up to `turn` degrees, a range of scales, up to `shift` per axis."""
         dx, dy = rng.uniform(-shift, shift, 2)
         return Pose(np.deg2rad(rng.uniform(-turn, turn)), rng.uniform(*scale), (dx, dy))
 

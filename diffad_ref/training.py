@@ -102,6 +102,8 @@ def fit(
     identity = {
         "method": type(detector).__name__,
         "stages": [dataclasses.asdict(stage) for stage in stages],
+        "config": _plain_config(detector),
+        "categories": list(detector.categories),
         "images": len(dataset),
         "settings": [seed, accumulate, mixed_precision, ema, accelerator.num_processes],
     }
@@ -206,15 +208,18 @@ def step_generator(
 
 def _plan(stages: tuple[Stage, ...], steps: int | None, batch_size: int | None) -> list[Stage]:
     """The stages of this run: shortened in proportion, with another batch size if wanted."""
-    total = sum(stage.steps for stage in stages)
-    changes = [
-        {
-            "steps": stage.steps if steps is None else max(1, round(stage.steps * steps / total)),
-            "batch_size": batch_size or stage.batch_size,
-        }
-        for stage in stages
+    ends = np.cumsum([stage.steps for stage in stages])
+    if steps is not None:
+        ends = np.rint(ends * steps / ends[-1]).astype(int)
+    return [
+        dataclasses.replace(stage, steps=int(count), batch_size=batch_size or stage.batch_size)
+        for stage, count in zip(stages, np.diff(ends, prepend=0), strict=True)
     ]
-    return [dataclasses.replace(s, **c) for s, c in zip(stages, changes, strict=True)]
+
+
+def _plain_config(detector: Detector) -> dict | None:
+    config = getattr(detector, "config", None)
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None
 
 
 def _synchronise(accelerator: Accelerator, model, last: bool):

@@ -88,7 +88,8 @@ def test_json_beside_the_weights_says_what_they_are_and_how_they_came_to_be(dete
     assert description["categories"] == ["gear", "brick"]
     assert description["record"] == RECORD
     assert description["config"]["image_size"] == 32
-    assert description["config"]["stages"][0]["lr"]["denoiser"]["peak"] == 5e-4
+    peak = detector.config.stages[0].lr["denoiser"].peak
+    assert description["config"]["stages"][0]["lr"]["denoiser"]["peak"] == peak
     assert read_description(saved) == description
 
 

@@ -1,0 +1,224 @@
+"""The command line, when the input is at fault: exit status 2 and one message, no traceback."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from diffad_ref.__main__ import main
+from diffad_ref.checkpoints import read_description, save_checkpoint
+from diffad_ref.diffusion_ad import DiffusionAD
+from diffad_ref.training import STATE
+
+SHORT = ["--image-size", "32", "--steps", "3", "--batch-size", "2"]
+
+
+def command(*words):
+    """Run the command line in this process; words may be paths."""
+    return main([str(word) for word in words])
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail as one fails for people; returns its message."""
+
+    def run(*words):
+        capsys.readouterr()
+        assert command(*words) == 2
+        said = capsys.readouterr().err
+        message = said[said.index("diffad_ref: ") :]
+        assert "Traceback" not in said and message.count("diffad_ref: ") == 1
+        return message
+
+    return run
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """An untrained detector on disk that knows the categories of `mvtec_root`."""
+    torch.manual_seed(0)
+    detector = DiffusionAD(DiffusionAD.Config.tiny(32))
+    detector.categories = ("bottle", "carpet")
+    return save_checkpoint(detector, tmp_path / "weights")
+
+
+@pytest.fixture
+def finished(mvtec_root, tmp_path):
+    """Folder of a finished training run."""
+    assert command("train", mvtec_root, "--out", tmp_path / "run", *SHORT) == 0
+    return tmp_path / "run"
+
+
+# --------------------------------------------------------------------------------- refused: folders
+
+ON_DATA = ["data", "train", "evaluate"]
+
+
+@pytest.fixture
+def words(weights, tmp_path):
+    """A command with everything that it needs but the data set's folder, which comes last."""
+    return {
+        "data": ["data"],
+        "train": ["train", "--out", tmp_path / "out", *SHORT],
+        "evaluate": ["evaluate", weights],
+        "predict": ["predict", weights, "--out", tmp_path / "out"],
+    }
+
+
+@pytest.mark.parametrize("name", [*ON_DATA, "predict"])
+def test_wrong_root_is_named_with_what_is_there_instead(words, fails, mvtec_root, tmp_path, name):
+    message = fails(*words[name], mvtec_root.parent / "mvtek")
+    assert f"no folder {mvtec_root.parent / 'mvtek'}" in message
+    assert "holds: mvtec/" in message
+    assert not (tmp_path / "out" / "scores.csv").exists()
+
+
+@pytest.mark.parametrize("name", ON_DATA)
+def test_folder_without_the_layout_is_told_the_layout(words, fails, mvtec_root, name):
+    message = fails(*words[name], mvtec_root / "bottle" / "train")
+    assert "no category" in message and "<category>/" in message and "it holds: good/" in message
+
+
+@pytest.mark.parametrize("name", ON_DATA)
+def test_empty_category_is_named(words, fails, mvtec_root, name):
+    folder = mvtec_root / "carpet" / ("test" if name == "evaluate" else "train/good")
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        path.unlink()
+    message = fails(*words[name], mvtec_root)
+    assert "category 'carpet' is empty" in message
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_unknown_category_is_answered_with_the_known_ones(words, fails, mvtec_root, name):
+    message = fails(*words[name], mvtec_root, "--categories", "bottle", "apple")
+    assert "unknown categories ['apple']" in message and "known: bottle, carpet" in message
+
+
+def test_category_that_the_detector_never_saw_is_named(words, fails, mvtec_root):
+    (mvtec_root / "carpet").rename(mvtec_root / "apple")
+    message = fails(*words["evaluate"], mvtec_root)
+    assert "never saw ['apple']; it knows ['bottle', 'carpet']" in message
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_truncated_image_is_named(words, fails, mvtec_root, tmp_path, name):
+    folder = mvtec_root / "bottle" / ("train/good" if name == "train" else "test/crack")
+    paths = sorted(folder.iterdir())
+    for path in paths:  # a short training need not come to every one
+        truncate(path)
+    message = fails(
+        *words[name], mvtec_root / "bottle" / "test" if name == "predict" else mvtec_root
+    )
+    assert any(f"cannot read the image {path}" in message for path in paths)
+    assert not (tmp_path / "out" / "scores.csv").exists()
+    assert not (tmp_path / "out" / "weights.safetensors").exists()
+
+
+def test_evaluation_needs_good_and_defective_images(words, fails, mvtec_root):
+    shutil.rmtree(mvtec_root / "carpet" / "test" / "cut")
+    message = fails(*words["evaluate"], mvtec_root, "--categories", "carpet")
+    assert "no defective image" in message
+
+
+def test_file_that_is_no_image_is_not_predicted(words, fails, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    assert "notes.txt" in fails(*words["predict"], tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("name", ["train", "predict"])
+def test_file_where_the_output_folder_should_be_is_named(words, fails, mvtec_root, tmp_path, name):
+    (tmp_path / "out").write_text("in the way")
+    data = mvtec_root / "bottle" / "train" / "good" if name == "predict" else mvtec_root
+    assert str(tmp_path / "out") in fails(*words[name], data)
+    assert (tmp_path / "out").read_text() == "in the way"
+
+
+# --------------------------------------------------------------------------------- refused: weights
+
+
+@pytest.fixture(params=["evaluate", "predict"])
+def judge(request, fails, mvtec_root, tmp_path):
+    """Runs either command that reads weights and expects it to fail; returns the message."""
+
+    def run(weights):
+        if request.param == "evaluate":
+            return fails("evaluate", weights, mvtec_root, "--record")
+        return fails("predict", weights, mvtec_root / "bottle/test", "--out", tmp_path / "out")
+
+    return run
+
+
+def test_missing_weights_are_named(judge, tmp_path):
+    assert f"{tmp_path / 'nothing.json'} is missing" in judge(tmp_path / "nothing")
+
+
+def test_weights_without_their_description_are_named(judge, weights):
+    weights.with_suffix(".json").unlink()
+    assert "weights.json is missing" in judge(weights)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_damaged_checkpoint_is_named(judge, weights, suffix):
+    truncate(weights.with_suffix(suffix))
+    assert f"weights{suffix} is damaged" in judge(weights)
+
+
+def test_checkpoint_of_another_method_is_named_with_the_known_ones(judge, weights):
+    path = weights.with_suffix(".json")
+    path.write_text(json.dumps({**read_description(path), "method": "PatchCore"}))
+    message = judge(weights)
+    assert "unknown method 'PatchCore'" in message and "known: DiffusionAD" in message
+
+
+def test_weights_of_another_network_are_refused(judge, weights, small_config):
+    other = save_checkpoint(DiffusionAD(small_config), weights.with_name("other"))
+    other.replace(weights)
+    assert "do not fit" in judge(weights)
+
+
+def test_folder_of_another_run_is_refused_and_left_alone(fails, finished, mvtec_root):
+    files = [finished / name for name in ("weights.safetensors", "weights.json", STATE)]
+    before = [path.read_bytes() for path in files]
+    words = ["train", mvtec_root, "--out", finished, *SHORT, "--seed", 4]
+    assert "holds another run (different settings)" in fails(*words)
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_damaged_state_of_a_run_is_named(fails, finished, mvtec_root):
+    truncate(finished / STATE)
+    assert f"{STATE} is damaged" in fails("train", mvtec_root, "--out", finished, *SHORT)
+
+
+# ---------------------------------------------------------------------------------- refused: words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["paint"],
+        ["train", "folder"],
+        ["evaluate", "weights"],
+        ["train", "folder", "--out", "x", "--method", "PatchCore"],
+        ["train", "folder", "--out", "x", "--steps", "many"],
+    ],
+    ids=" ".join,
+)
+def test_words_that_make_no_command_are_answered_with_the_usage(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert error.value.code == 2
+    assert "usage: python -m diffad_ref" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", "data", "train", "evaluate", "predict"])
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([*filter(None, [name]), "--help"])
+    assert error.value.code == 0
+    assert f"usage: python -m diffad_ref {name}".strip() in capsys.readouterr().out
