@@ -205,8 +205,6 @@ def _evaluate(arguments) -> None:
 def _predict(arguments) -> None:
     from diffad_ref.plots import save_heat_map  # matplotlib is slow to import
 
-    if not arguments.images.exists():
-        raise FileNotFoundError(f"there is no image or folder {arguments.images}")
     detector = load_checkpoint(arguments.weights).to(Accelerator().device)
     image = arguments.images if arguments.images.is_file() else None
     folder = image.parent if image else arguments.images

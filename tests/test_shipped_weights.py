@@ -1,0 +1,78 @@
+"""The weights that ship with the package do what their records say."""
+
+import json
+
+import pytest
+import torch
+
+from diffad_ref import AnomalyFolder, evaluate, pretrained, toy_factory
+from diffad_ref.checkpoints import SHIPPED, read_description, read_tensors
+
+NAMES = sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
+TOY = ("diffusion_ad_toy", "diffusion_ad_toy_segmentation_only")
+
+
+@pytest.fixture(scope="module")
+def test_images(tmp_path_factory):
+    return AnomalyFolder(toy_factory(progress=False), "test")
+
+
+def by_kind(name: str, metric: str) -> dict[tuple[str, str], float]:
+    report = read_description(SHIPPED / name)["record"]["report"]
+    return {(row["category"], row["kind"]): row[metric] for row in report["kinds"]}
+
+
+def test_the_toy_detector_and_its_ablation_are_shipped():
+    assert set(TOY) <= set(NAMES)
+
+
+def test_all_shipped_weights_together_are_small_and_in_half_precision():
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 16e6
+    for name in NAMES:
+        state = read_tensors(SHIPPED / f"{name}.safetensors")
+        assert {value.dtype for value in state.values() if value.is_floating_point()} == {
+            torch.float16
+        }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_says_how_the_weights_came_to_be(name):
+    record = read_description(SHIPPED / name)["record"]
+    assert record["command"].startswith("python -m diffad_ref train ")
+    assert {"seed", "steps", "data", "versions", "final_losses", "report"} <= set(record)
+    config = pretrained(name).config
+    assert record["steps"] == sum(stage.steps for stage in config.stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_weights_reach_the_numbers_of_their_record(name, test_images):
+    recorded = read_description(SHIPPED / name)["record"]["report"]
+    found = json.loads(evaluate(pretrained(name), test_images, progress=False).to_json())
+    for metric, value in recorded["mean"].items():
+        if isinstance(value, float):
+            assert found["mean"][metric] == pytest.approx(value, abs=0.005), metric
+    for was, now in zip(recorded["kinds"], found["kinds"], strict=True):
+        assert (was["category"], was["kind"]) == (now["category"], now["kind"])
+        assert now["pixel_ap"] == pytest.approx(was["pixel_ap"], abs=0.02)
+
+
+def test_the_recorded_means_are_those_that_the_tiny_profile_promises():
+    mean = read_description(SHIPPED / TOY[0])["record"]["report"]["mean"]
+    assert mean["image_auroc"] >= 0.91
+    assert mean["pixel_auroc"] >= 0.94
+    assert mean["pixel_ap"] >= 0.6
+
+
+@pytest.mark.parametrize(
+    "kind", [("gear", "missing"), ("board", "missing"), ("capsule", "print")], ids="-".join
+)
+def test_what_only_a_reconstruction_can_see_is_lost_without_it(kind):
+    full, alone = (by_kind(name, "pixel_ap") for name in TOY)
+    assert full[kind] > alone[kind] + 0.1
+
+
+@pytest.mark.parametrize("metric", ["image_auroc", "pixel_auroc", "pixel_ap"])
+def test_the_full_method_beats_its_ablation_in_the_mean(metric):
+    full, alone = (read_description(SHIPPED / name)["record"]["report"]["mean"] for name in TOY)
+    assert full[metric] > alone[metric]
