@@ -166,11 +166,11 @@ def ddim_step(x0: Tensor, eps: Tensor, abar_prev: Tensor) -> Tensor:
     return add_noise(x0, eps, abar_prev)
 
 
-def spaced_timesteps(start: int, count: int) -> list[int]:
-    """`count` steps from `start` down to 0, evenly spaced, without repetition."""
-    if not 1 <= count <= start + 1:
-        raise ValueError(f"{count} steps do not fit between 0 and {start}")
-    return [int(t) for t in torch.linspace(start, 0, count, dtype=torch.float64).round()]
+def spaced_timesteps(start: int, count: int, end: int = 0) -> list[int]:
+    """`count` steps from `start` down to `end`, evenly spaced, without repetition."""
+    if not 1 <= count <= start - end + 1:
+        raise ValueError(f"{count} steps do not fit between {end} and {start}")
+    return [int(t) for t in torch.linspace(start, end, count, dtype=torch.float64).round()]
 
 
 # -------------------------------------------------------------------------------- many small steps
@@ -185,6 +185,7 @@ def iterative_x0(
     generator: torch.Generator,
     method: str = "ddpm",
     steps: int | None = None,
+    t_end: int = 0,
     progress: bool = False,
 ) -> Tensor:
     """Noise an image to t_start and walk back step by step: what one-step denoising replaces.
@@ -196,6 +197,9 @@ def iterative_x0(
         Ancestral sampling through every step, or a deterministic walk through `steps` of them.
     steps : int, optional
         Calls of the network for "ddim"; default 50.
+    t_end : int
+        Where the walk ends, with the estimate of the image from there: the lowest level that the
+        network was trained for. Below it, errors add up from step to step.
 
     Returns
     -------
@@ -203,8 +207,8 @@ def iterative_x0(
     """
     if method not in ("ddpm", "ddim"):
         raise ValueError(f"method is 'ddpm' or 'ddim', not {method!r}")
-    count = t_start + 1 if method == "ddpm" else steps or 50
-    times = spaced_timesteps(t_start, count)
+    count = t_start - t_end + 1 if method == "ddpm" else steps or 50
+    times = spaced_timesteps(t_start, count, t_end)
 
     def level(t):
         return torch.full((len(x),), t, device=x.device)

@@ -204,6 +204,20 @@ def test_iterative_denoising_calls_the_network_once_a_step_and_returns_what_it_k
     assert torch.allclose(found, x, atol=1e-4)
 
 
+@pytest.mark.parametrize(("method", "calls"), [("ddpm", 7), ("ddim", 3)])
+def test_iterative_denoising_ends_at_the_level_that_is_asked_for(method, calls):
+    seen = []
+
+    def oracle(x_t, t):
+        seen.append(int(t[0]))
+        return torch.zeros_like(x_t)
+
+    schedule = Schedule.named("linear", 1000)
+    generator = torch.Generator().manual_seed(0)
+    iterative_x0(oracle, torch.rand(1, 3, 4, 4), 16, schedule, generator, method, calls, t_end=10)
+    assert (seen[0], seen[-1], len(seen)) == (16, 10, calls)
+
+
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
 def test_iterative_denoising_repeats_with_the_seed_of_its_generator(method):
     schedule, x = Schedule.named("linear", 1000), torch.rand(1, 3, 4, 4)
