@@ -238,7 +238,7 @@ class DiffusionAD(Detector):
 
     Parameters
     ----------
-    config : Config
+    config : DiffusionAD.Config
         `Config.tiny()` or `Config.paper()`.
     textures : Tensor (K, 3, S, S), uint8, optional
         Foreign textures for synthetic anomalies; by default the built-in photographs.

@@ -82,7 +82,7 @@ def import_diffusion_ad(path: str | os.PathLike, config: Config | None = None) -
     ----------
     path
         File that holds `unet_model_state_dict` and `seg_model_state_dict`, and anything else.
-    config : Config, optional
+    config : DiffusionAD.Config, optional
         By default the paper's settings with the sizes that the weights show. Weights do not show
         the number of attention heads (the paper's 4) nor the image size: the first level with
         attention is taken for the one of 32 pixels, as it is by default.
