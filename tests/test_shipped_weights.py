@@ -57,11 +57,11 @@ def test_shipped_weights_reach_the_numbers_of_their_record(name, test_images):
         assert now["pixel_ap"] == pytest.approx(was["pixel_ap"], abs=0.02)
 
 
-def test_the_recorded_means_are_those_that_the_tiny_profile_promises():
+def test_the_recorded_means_do_not_fall_behind_what_was_reached():
     mean = read_description(SHIPPED / TOY[0])["record"]["report"]["mean"]
     assert mean["image_auroc"] >= 0.91
     assert mean["pixel_auroc"] >= 0.94
-    assert mean["pixel_ap"] >= 0.6
+    assert mean["pixel_ap"] >= 0.62  # short of the goal, 0.65
 
 
 @pytest.mark.parametrize(
