@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
+from diffad_ref.patches import cut, join
+
 # ----------------------------------------------------------------------------- where: Perlin masks
 
 
@@ -134,18 +136,15 @@ def _turned_grid(turn: Tensor, size: int) -> Tensor:
 
 def shuffle_grid(images: Tensor, generator: torch.Generator, grid: int = 8) -> Tensor:
     """Cut each image (B, C, H, W) into grid x grid tiles and shuffle them (the paper's source)."""
-    b, c, h, w = images.shape
+    h, w = images.shape[-2:]
     _check_divides(grid, h, w)
-    tiles = images.reshape(b, c, grid, h // grid, grid, w // grid)
-    tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, grid², C, H/grid, W/grid)
+    tiles = cut(images, h // grid, w // grid)  # (B, grid², C, H/grid, W/grid)
     order = (
-        torch.rand(b, grid * grid, generator=generator, device=generator.device)
+        torch.rand(len(images), grid * grid, generator=generator, device=generator.device)
         .argsort(1)
         .to(images.device)
     )
-    tiles = tiles[torch.arange(b, device=images.device)[:, None], order]
-    tiles = tiles.unflatten(1, (grid, grid)).permute(0, 3, 1, 4, 2, 5)
-    return tiles.reshape(b, c, h, w)
+    return join(tiles[torch.arange(len(images), device=images.device)[:, None], order], h, w)
 
 
 def shuffle_strips(

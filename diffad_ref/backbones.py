@@ -6,7 +6,7 @@ The mathematics of the methods does not care what is inside; here is what is ins
 from __future__ import annotations
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -107,6 +107,66 @@ class Denoiser(nn.Module):
         packed = F.pixel_unshuffle(x_t, self.patch_size)  # (B, 3p², H/p, W/p)
         output = F.pixel_shuffle(self.unet(packed, t).sample, self.patch_size)
         return output if self.abar is None else implied_noise(x_t, output, pick(self.abar, t))
+
+
+class LatentUNet(nn.Module):
+    """Latent-diffusion U-Net with spatial transformers, conditioned on a class.
+
+    One learned token a class is what the cross-attention of every level looks at. The width of an
+    attention head is the same everywhere, so wider levels have more heads.
+
+    Parameters
+    ----------
+    channels : int
+        Of input and output: those of a latent.
+    classes : int
+        Rows of the table of tokens.
+    width, multipliers, blocks
+        As in `adm_unet`; there is attention at every level.
+    heads : int
+        Attention heads of the first level.
+    context : int
+        Width of a token.
+    dropout : float
+        Inside residual blocks, in training.
+    norm_groups : int
+        Groups of each group normalisation; must divide every width.
+
+    Source: Rombach et al. 2022; sizes as in DeCo-Diff.
+    """
+
+    def __init__(
+        self,
+        channels: int = 4,
+        classes: int = 15,
+        width: int = 256,
+        multipliers: tuple[int, ...] = (1, 2, 4),
+        blocks: int = 2,
+        heads: int = 8,
+        context: int = 512,
+        dropout: float = 0.0,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        widths = tuple(width * m for m in multipliers)
+        self.unet = UNet2DConditionModel(
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=widths,
+            layers_per_block=blocks,
+            down_block_types=("CrossAttnDownBlock2D",) * len(widths),
+            up_block_types=("CrossAttnUpBlock2D",) * len(widths),
+            # Called so, but it is the number of heads; their width is what follows from it.
+            attention_head_dim=tuple(w // (width // heads) for w in widths),
+            cross_attention_dim=context,
+            dropout=dropout,
+            norm_num_groups=norm_groups,
+        )
+        self.embedding = nn.Embedding(classes, context)
+
+    def forward(self, z: Tensor, t: Tensor, category: Tensor) -> Tensor:
+        """Output (B, C, h, w) for latents z, time steps t (B,) and class indices (B,), long."""
+        return self.unet(z, t, self.embedding(category)[:, None]).sample
 
 
 class SegmentationNet(nn.Module):

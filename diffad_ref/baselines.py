@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from diffad_ref.data import check_images
-from diffad_ref.detector import Prediction
+from diffad_ref.detector import Prediction, class_indices
 from diffad_ref.metrics import top_k_mean
 
 
@@ -99,15 +99,8 @@ class Baseline(nn.Module):
         """Which of the fitted groups each image belongs to."""
         if not self.per_category:
             return torch.zeros(count, dtype=torch.long, device=self.device)
-        if category_index is None:
-            raise ValueError(f"say which category each image is of: {list(self.categories)}")
-        group = torch.as_tensor(category_index, device=self.device)
-        if group.shape != (count,) or group.min() < 0 or group.max() >= len(self.categories):
-            raise ValueError(
-                f"expected {count} category indices below {len(self.categories)}, "
-                f"got {group.tolist()}"
-            )
-        return group
+        known = len(self.categories)
+        return class_indices(category_index, count, known, self.categories, self.device)
 
 
 class Template(Baseline):

@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector
 from diffad_ref.diffusion_ad import DiffusionAD
 
-METHODS = {"DiffusionAD": DiffusionAD}
+METHODS = {"DiffusionAD": DiffusionAD, "DecoDiff": DecoDiff}
 SHIPPED = Path(__file__).parent / "weights"
 
 

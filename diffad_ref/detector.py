@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from diffad_ref.data import check_images
 
 
 @dataclass
@@ -41,8 +44,9 @@ class Rate:
     """A learning rate over the steps of a stage."""
 
     peak: float
-    schedule: str = "constant"  # "constant", "cosine" (to 0 at the stage's end), "cycle"
+    schedule: str = "constant"  # "constant", "cosine" (to 0 at the horizon), "cycle"
     warmup: int = 0  # steps of linear rise before it
+    horizon: float = 1.0  # where a cosine would reach 0, in lengths of the stage
 
     def at(self, step: int, steps: int) -> float:
         """The rate of step `step` (from 0) in a stage of `steps`.
@@ -55,7 +59,7 @@ class Rate:
         if self.schedule == "constant":
             return self.peak
         if self.schedule == "cosine":
-            share = (step - self.warmup) / max(1, steps - self.warmup)
+            share = (step - self.warmup) / max(1, self.horizon * steps - self.warmup)
         elif self.schedule == "cycle":
             share = step / 10
         else:
@@ -103,6 +107,9 @@ class Detector(nn.Module, ABC):
     ) -> Prediction:
         """Judge images (B, 3, H, W) in [0, 1]; the same generator gives the same prediction."""
 
+    def prepare(self, dataset) -> None:
+        """Learn or load what must be known before the first step of a training run; mostly none."""
+
     def enter(self, stage: Stage) -> None:
         """Prepare for a stage: the parts that it names learn, all others are frozen."""
         unknown = set(stage.lr) - {name for name, _ in self.named_children()}
@@ -120,6 +127,14 @@ class Detector(nn.Module, ABC):
             for name, rate in self.stage.lr.items()
         ]
 
+    def check(self, images: Tensor) -> None:
+        """Refuse what is not a batch of images of the size that the detector was built for."""
+        check_images(images)
+        size = self.config.image_size
+        if images.shape[-2:] != (size, size):
+            got = f"{images.shape[-2]} x {images.shape[-1]}"
+            raise ValueError(f"this model was built for {size} x {size} images, not {got}")
+
     def forward(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Same as `training_loss`, so that a data-parallel wrapper can call it."""
         return self.training_loss(batch, generator)
@@ -128,3 +143,26 @@ class Detector(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights live."""
         return next(self.parameters()).device
+
+
+def class_indices(
+    category_index: Tensor | None,
+    count: int,
+    classes: int,
+    names: Sequence[str],
+    device: torch.device,
+) -> Tensor:
+    """The classes (count,), long, of a batch, checked against a table of so many classes.
+
+    Raises ValueError, with the names that are known, for a missing or wrong number of indices and
+    for an index outside the table.
+    """
+    known = f"there are {classes} classes: {list(names)}"
+    if category_index is None:
+        raise ValueError(f"say which category each image is of (category_index); {known}")
+    indices = torch.as_tensor(category_index, device=device)
+    if indices.shape != (count,) or indices.is_floating_point():
+        raise ValueError(f"expected {count} category indices, got {category_index}; {known}")
+    if indices.min() < 0 or indices.max() >= classes:
+        raise ValueError(f"a category index is unknown: {indices.tolist()}; {known}")
+    return indices.long()

@@ -67,6 +67,12 @@ class Schedule:
             raise ValueError(f"unknown schedule {name!r}; there are {', '.join(makers)}")
         return cls.from_betas(makers[name](steps))
 
+    def respaced(self, kept: list[int]) -> Schedule:
+        """The process that visits only some steps, rising: what is left at each is unchanged."""
+        abar = self.abar[kept]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        return Schedule(1 - abar / before, abar, before)
+
     def __len__(self) -> int:
         return len(self.betas)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffad_ref.anomalies import Synthesis, synthesize
 from diffad_ref.backbones import Denoiser, SegmentationNet, adm_unet
-from diffad_ref.data import check_images, is_texture
+from diffad_ref.data import is_texture
 from diffad_ref.detector import Detector, Prediction, Rate, Stage
 from diffad_ref.diffusion import Schedule, add_noise, draw_noise, predict_x0
 from diffad_ref.metrics import top_k_mean
@@ -90,7 +90,7 @@ class Config:
             foreground="estimate",
             stages=(
                 Stage("denoiser", 4500, 8, {"denoiser": Rate(5e-4, "cosine", 100)}, clip=1.0),
-                Stage("segmentation", 2000, 16, {"segmenter": Rate(1e-3, "cosine", 50)}, clip=1.0),
+                Stage("segmentation", 5000, 16, {"segmenter": Rate(1e-3, "cosine", 50)}, clip=1.0),
                 Stage(
                     "joint",
                     400,
@@ -261,7 +261,7 @@ class DiffusionAD(Detector):
     def training_loss(self, batch, generator=None):
         """Scalars "loss", "noise" and "mask" for a batch of normal images (D10)."""
         images = batch["image"]
-        self._check(images)
+        self.check(images)
         generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
         if "segmenter" in self.stage.lr:
             synthetic = self._synthesize(batch, generator)
@@ -296,7 +296,7 @@ class DiffusionAD(Detector):
         One model judges every category, so `category_index` is not looked at. Without a
         generator the noise comes from seed 0.
         """
-        self._check(images)
+        self.check(images)
         x = images.to(self.device)
         generator = generator or torch.Generator().manual_seed(0)
         parts = {}
@@ -353,13 +353,6 @@ class DiffusionAD(Detector):
         return synthesize(
             images, textures, self.textures, self.config.synthesis, generator, foreground
         )
-
-    def _check(self, images: Tensor) -> None:
-        check_images(images)
-        size = self.config.image_size
-        if images.shape[-2:] != (size, size):
-            got = f"{images.shape[-2]} x {images.shape[-1]}"
-            raise ValueError(f"this model was built for {size} x {size} images, not {got}")
 
 
 def _check_size(config: Config) -> None:

@@ -90,7 +90,7 @@ def pixel_metrics(maps, masks, fpr_limit: float = 0.3) -> dict[str, float]:
     ValueError
         Empty input, different sizes, NaN in a map, masks other than 0 and 1, a limit not in (0, 1].
     """
-    maps, masks = _paired_maps(maps, masks)
+    maps, masks = paired_maps(maps, masks)
     weights = region_weights(masks)
     ranking = Ranking.of(maps, masks)
     ranking.warn_if_one_sided("pixel")
@@ -111,7 +111,7 @@ def aupro(maps, masks, fpr_limit: float = 0.3) -> float:
 
     Parameters, errors and undefined cases are those of `pixel_metrics`.
     """
-    maps, masks = _paired_maps(maps, masks)
+    maps, masks = paired_maps(maps, masks)
     ranking = Ranking.of(maps, masks)
     ranking.warn_if_one_sided("pixel")
     return ranking.weighted(region_weights(masks)).auroc(fpr_limit)
@@ -252,73 +252,6 @@ class Ranking:
         )
 
 
-def pro_curve_diffusion_ad(maps, masks) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the overlap curve as the released evaluation of DiffusionAD does.
-
-    It differs from `aupro` in five facts, kept here to compare numbers like with like:
-    masks are truncated to integers (of a resized mask, only pixels equal to 1 count); there are
-    1000 equal steps from the largest value towards the smallest, which is never reached, and a
-    pixel is found when it lies *above* the threshold; the overlap counts found pixels in the
-    region *with its holes filled* but divides by the area without them, so it can exceed 1;
-    thresholds with a false-positive rate above 0.3 are dropped without interpolation; and the
-    rates that stay are stretched to [0, 1] by their own smallest and largest value.
-
-    Parameters
-    ----------
-    maps : Tensor or array (N, H, W) or (N, 1, H, W), finite
-    masks : Tensor or array of the same size, in [0, 1]
-
-    Returns
-    -------
-    fpr, pro : arrays (K,)
-        Stretched false-positive rate and mean overlap at the thresholds that stay.
-
-    Raises
-    ------
-    ValueError
-        Sizes differ, or there is no defective pixel, no normal one, or a map without contrast.
-    """
-    truncated = _images(masks).astype(np.int64)
-    maps, masks = _paired_maps(maps, truncated)
-    highest, lowest = maps.max(), maps.min()
-    if not masks.any() or masks.all() or not np.isfinite(highest - lowest) or highest == lowest:
-        raise ValueError(
-            "this protocol needs defective and normal pixels and finite maps that vary"
-        )
-    thresholds = highest - np.arange(1000) * (highest - lowest) / 1000
-    found = _share_above(maps[~masks], thresholds)
-    overlap = np.mean(
-        [_share_above(inside, thresholds) * inside.size / area
-         for inside, area in _filled_regions(maps, masks)],
-        axis=0,
-    )  # fmt: skip
-    keep = found <= 0.3
-    fpr, pro = found[keep], overlap[keep]
-    width = fpr.max() - fpr.min()
-    return (fpr - fpr.min()) / (width if width > 0 else 1.0), pro
-
-
-def aupro_diffusion_ad(maps, masks) -> float:
-    """Area under `pro_curve_diffusion_ad`; unlike `aupro` it is not bounded by 1."""
-    fpr, pro = pro_curve_diffusion_ad(maps, masks)
-    return float(trapezoid(pro, fpr))
-
-
-def _filled_regions(maps: np.ndarray, masks: np.ndarray):
-    """Yield for each region the map inside its filled outline, and its area without holes."""
-    for values, mask in zip(maps, masks, strict=True):
-        regions, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
-        for number in range(1, count + 1):
-            region = regions == number
-            filled = ndimage.binary_fill_holes(region, EIGHT_NEIGHBOURS)
-            yield values[filled], region.sum()
-
-
-def _share_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Share of the values that lie above each threshold."""
-    return 1 - np.searchsorted(np.sort(values), thresholds, side="right") / values.size
-
-
 def _array(values) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
@@ -350,7 +283,7 @@ def _binary(values, name: str) -> np.ndarray:
     return ones
 
 
-def _images(values) -> np.ndarray:
+def as_images(values) -> np.ndarray:
     """Bring (H, W), (N, H, W) or (N, 1, H, W) to (N, H, W)."""
     values = _array(values)
     if values.ndim == 4 and values.shape[1] == 1:
@@ -360,8 +293,8 @@ def _images(values) -> np.ndarray:
     return values if values.ndim == 3 else values[None]
 
 
-def _paired_maps(maps, masks) -> tuple[np.ndarray, np.ndarray]:
-    maps, masks = _scores(_images(maps)), _binary(_images(masks), "masks")
+def paired_maps(maps, masks) -> tuple[np.ndarray, np.ndarray]:
+    maps, masks = _scores(as_images(maps)), _binary(as_images(masks), "masks")
     if maps.shape != masks.shape:
         raise ValueError(f"maps {maps.shape} and masks {masks.shape} differ in size")
     return maps, masks

@@ -109,6 +109,8 @@ def fit(
     }
     run = _Run(detector, identity, Path(out) / STATE if out else None)
     run.resume()
+    if run.fresh:
+        detector.prepare(dataset)
 
     with torch.random.fork_rng():
         for number in range(run.stage, len(stages)):
@@ -247,6 +249,11 @@ class _Run:
         self.history = History()
         self.average: dict[str, Tensor] | None = None
         self._loaded: dict[str, Tensor] = {}
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been trained yet."""
+        return not (self.stage or self.step)
 
     def resume(self) -> None:
         """Take up what `path` holds, if anything."""

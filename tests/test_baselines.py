@@ -128,7 +128,7 @@ def test_defective_training_images_are_refused(make):
     [
         (torch.rand(1, 3, 8, 8), [0], "fitted on images"),
         (torch.rand(1, 3, 16, 16), None, "which category"),
-        (torch.rand(1, 3, 16, 16), [2], "below 2"),
+        (torch.rand(1, 3, 16, 16), [2], "unknown"),
         (torch.rand(1, 3, 16, 16) * 255, [0], "255"),
         (torch.full((1, 3, 16, 16), float("nan")), [0], "NaN"),
     ],

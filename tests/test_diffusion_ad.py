@@ -345,7 +345,7 @@ def test_tiny_profile_is_small():
 
 def test_paper_profile_learns_and_predicts_on_tensors_without_memory(monkeypatch):
     """Shapes only: no number is computed, so checks and synthesis, which look at them, are out."""
-    monkeypatch.setattr(diffusion_ad, "check_images", lambda images: None)
+    monkeypatch.setattr("diffad_ref.detector.check_images", lambda images: None)
     monkeypatch.setattr(
         diffusion_ad,
         "synthesize",

@@ -19,7 +19,7 @@ from diffad_ref.diffusion_ad import (
     noise_to_norm,
     norm_guided_x0,
 )
-from diffad_ref.official import denoiser_state, segmenter_state, unet_from_settings
+from diffad_ref.official_diffusion_ad import denoiser_state, segmenter_state, unet_from_settings
 
 pytestmark = pytest.mark.golden
 

@@ -1,15 +1,15 @@
-"""Golden cases 1f (image score) and 1h (the released AUPRO of DiffusionAD)."""
+"""Golden cases 1f (image score), 1h and 2g (the released AUPROs of DiffusionAD and DeCo-Diff)."""
 
 import numpy as np
 import pytest
 from golden_files import arrays
 
-from diffad_ref.metrics import (
+from diffad_ref.metrics import image_metrics, pixel_metrics, top_k_mean
+from diffad_ref.protocols import (
+    aupro_deco_diff,
     aupro_diffusion_ad,
-    image_metrics,
-    pixel_metrics,
+    pro_curve_deco_diff,
     pro_curve_diffusion_ad,
-    top_k_mean,
 )
 
 pytestmark = pytest.mark.golden
@@ -76,3 +76,49 @@ def test_pixel_auroc_and_ap(case):
     found = pixel_metrics(case["maps"], case["masks"])
     assert found["pixel_auroc"] == pytest.approx(float(case["pixel_auroc"]), abs=1e-9)
     assert found["pixel_ap"] == pytest.approx(float(case["pixel_ap"]), abs=1e-9)
+
+
+# ---------------------------------------------------------------------------- 2g, of DeCo-Diff
+
+
+@pytest.fixture(scope="module")
+def deco():
+    """2g: masks, maps, and the overlap curve of the released evaluation."""
+    return arrays("deco_2g_compute_pro")
+
+
+def test_released_aupro_of_deco_diff(deco):
+    maps, masks = deco["maps"].astype(np.float64), deco["masks"]
+    assert aupro_deco_diff(maps, masks) == pytest.approx(float(deco["compute_pro_f64"]), abs=1e-6)
+    single = aupro_deco_diff(deco["maps"], masks)
+    assert single == pytest.approx(float(deco["compute_pro_f32"]), abs=1e-4)
+
+
+def test_released_aupro_of_deco_diff_with_other_numbers_of_thresholds(deco):
+    maps, masks = deco["maps"].astype(np.float64), deco["masks"]
+    found = [name for name in deco if name.endswith("_thresholds_f64")]
+    assert found
+    for name in found:
+        steps = int(name.split("_")[2])
+        assert aupro_deco_diff(maps, masks, steps) == pytest.approx(float(deco[name]), abs=1e-6)
+
+
+def test_released_overlap_curve_of_deco_diff(deco):
+    fpr, pro = pro_curve_deco_diff(deco["maps"].astype(np.float64), deco["masks"])
+    np.testing.assert_allclose(fpr, deco["curve_fpr_rescaled_f64"], atol=1e-6)
+    np.testing.assert_allclose(pro, deco["curve_pro_f64"], atol=1e-6)
+    kept = len(pro_curve_deco_diff(deco["maps"], deco["masks"])[0])
+    assert abs(kept - int(deco["n_thresholds_below_limit_f32"])) <= 1
+
+
+def test_the_other_metrics_of_deco_diff_are_ours(deco):
+    found = pixel_metrics(deco["maps"], deco["masks"])
+    assert found["pixel_ap"] == pytest.approx(float(deco["pixel_ap"]), abs=1e-9)
+    for name in ("pixel_auroc", "pixel_f1max"):
+        assert found[name] == pytest.approx(float(deco[f"sklearn_{name}"]), abs=1e-6)
+    np.testing.assert_array_equal(deco["maps"].max((1, 2)), deco["image_scores"])
+    np.testing.assert_array_equal(deco["masks"].max((1, 2)) > 0, deco["image_labels"] > 0)
+    found = image_metrics(deco["image_scores"], deco["image_labels"])
+    assert found["image_ap"] == pytest.approx(float(deco["image_ap"]), abs=1e-9)
+    for name in ("image_auroc", "image_f1max"):
+        assert found[name] == pytest.approx(float(deco[f"sklearn_{name}"]), abs=1e-6)

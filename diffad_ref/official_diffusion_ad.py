@@ -1,27 +1,22 @@
 """Import of DiffusionAD checkpoints that the authors' released code wrote.
 
 Both networks are the same as here, weight for weight; only names differ, and how one convolution
-holds queries, keys and values. Such a file also holds Python objects: they are never brought to
-life, because unpickling a foreign object can run any code.
+holds queries, keys and values.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import types
-from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
 from diffad_ref.backbones import adm_unet
 from diffad_ref.checkpoints import load_weights
 from diffad_ref.diffusion_ad import Config, DiffusionAD
+from diffad_ref.foreign_pickles import read_foreign, weights_under
 
 UNET_KEY, SEGMENTER_KEY = "unet_model_state_dict", "seg_model_state_dict"
 
@@ -114,16 +109,8 @@ def import_diffusion_ad(path: str | os.PathLike, config: Config | None = None) -
 
 def _networks(path) -> tuple[dict, dict]:
     """The two state dicts of a checkpoint."""
-    content = _read(Path(path))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no checkpoint, but a {type(content).__name__}")
-    for key in (UNET_KEY, SEGMENTER_KEY):
-        state = content.get(key)
-        if not isinstance(state, dict) or not all(
-            isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-        ):
-            raise ValueError(f"{path} has no weights under {key!r}; it holds {list(content)}")
-    return content[UNET_KEY], content[SEGMENTER_KEY]
+    content = read_foreign(path)
+    return weights_under(content, UNET_KEY, path), weights_under(content, SEGMENTER_KEY, path)
 
 
 def _config(unet: dict[str, Tensor], segmenter: dict[str, Tensor]) -> Config:
@@ -311,54 +298,3 @@ def _entries(state: dict[str, Tensor], way: str) -> list[list[str]]:
             "weights (conv_resample=False) are no network of the paper"
         )
     return list(entries.values())
-
-
-# -------------------------------------------------------------------------------- foreign pickles
-
-
-def _read(path: Path) -> object:
-    """What `torch.save` wrote, with an `_Inert` in place of all that is neither tensor nor dict."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # it holds more than tensors
-            return torch.load(
-                path, map_location="cpu", weights_only=False, pickle_module=_RESTRICTED_PICKLE
-            )
-    except Exception as error:  # what a damaged pickle raises is anything
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
-
-
-class _Inert:
-    """Stands in for a foreign class, function or object: takes everything, does nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-    append = extend = add = update = __setitem__ = __setstate__ = __call__
-    dump_patches = False  # torch asks the class of a whole network that an old file holds
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Knows the names that tensors need; every other name means `_Inert`."""
-
-    KNOWN = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    }
-
-    def find_class(self, module, name):
-        return self.KNOWN.get((module, name), _Inert)
-
-
-_RESTRICTED_PICKLE = types.SimpleNamespace(  # the two names that torch.load uses of a pickle module
-    __name__="restricted_pickle",
-    Unpickler=_RestrictedUnpickler,
-    load=lambda file, **options: _RestrictedUnpickler(file, **options).load(),
-)

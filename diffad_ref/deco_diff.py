@@ -1,0 +1,486 @@
+"""DeCo-Diff: the anomaly is the noise, and the model predicts the way back to normal.
+
+Standard diffusion drowns the whole image in noise and rebuilds all of it. Here only some patches
+of a latent are corrupted in training, and what is learned is the deviation of each place from its
+normal state: zero where nothing is wrong. At inference no noise is added at all. The image itself
+is the starting point, its defect takes the place of the corruption, and a few correction steps
+remove it; normal regions stay. One model serves all classes.
+
+Beizaee, Lodygensky, Desrosiers, Dolz: *Correcting Deviations from Normality*, CVPR 2025,
+arXiv 2503.19357. Formulas C1-C10 are numbered as in the book.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffad_ref.backbones import LatentUNet
+from diffad_ref.codecs import Codec, CodecConfig, build_codec, draw_latent
+from diffad_ref.data import check_images
+from diffad_ref.detector import Detector, Prediction, Rate, Stage, class_indices
+from diffad_ref.diffusion import Schedule, draw_noise
+from diffad_ref.maps import clip_and_scale, enlarge, gaussian_filter
+from diffad_ref.patches import ODDS, patch_mask, patch_table, shuffle_patches
+
+# ---------------------------------------------------------------------------------------- config
+
+# Width, heads and context of the five published networks.
+SIZES = {
+    "XS": (64, 4, 128),
+    "S": (128, 4, 256),
+    "M": (192, 6, 384),
+    "L": (256, 8, 512),
+    "XL": (320, 12, 640),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and settings; the defaults are the paper's (or its released code's)."""
+
+    image_size: int = 256  # pixels
+    resize: int = 288  # pixels of the images that are cropped to image_size
+    shift: int = 4  # pixels by which every second training crop may move, on each axis
+    classes: int = 15  # rows of the class table
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    # Network.
+    width: int = 256
+    multipliers: tuple[int, ...] = (1, 2, 4)
+    blocks: int = 2  # residual blocks a level
+    heads: int = 8  # of the first level
+    context: int = 512  # width of a class token
+    dropout: float = 0.4
+    norm_groups: int = 32
+    # Corruption.
+    schedule: str = "cosine"
+    steps: int = 10  # T
+    patch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)  # latent cells; one is drawn a batch
+    patch_odds: tuple[float, ...] = ODDS
+    mask_ratio: tuple[float, float] = (0.0, 0.7)  # share of patches that are corrupted
+    foreign_ratio: tuple[float, float] = (0.0, 0.3)  # share of those with foreign content
+    # Correction.
+    correction_steps: int = 5  # of the T
+    rescale: bool = False  # fit the direction to the next noise level between steps
+    # Scoring.
+    fusion: str = "geometric"  # or "arithmetic", "image", "latent"
+    image_clip: float = 0.4  # of a difference of images in [-1, 1]
+    image_sigma: float = 3.0  # pixels
+    latent_clip: float = 0.2
+    latent_sigma: float = 1.0  # latent cells
+    # 800 epochs of MVTec AD's 3,629 images; the cosine would reach 0 after 1,200.
+    stages: tuple[Stage, ...] = (
+        Stage(
+            "correction",
+            22_700,
+            128,
+            {"corrector": Rate(1e-4, "cosine", warmup=284, horizon=1.5)},
+            optimizer="adamw",
+            weight_decay=1e-4,
+        ),
+    )
+
+    @classmethod
+    def paper(cls, size: str = "L", image_size: int = 256, **changes) -> Config:
+        """The published settings with one of the five networks; L, the paper's, has 395 M."""
+        if size not in SIZES:
+            raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
+        width, heads, context = SIZES[size]
+        patches, odds = patch_table(image_size // cls().codec.factor)
+        config = replace(
+            cls(),
+            width=width,
+            heads=heads,
+            context=context,
+            image_size=image_size,
+            resize=image_size * 9 // 8,
+            patch_sizes=patches,
+            patch_odds=odds,
+        )
+        return replace(config, **changes)
+
+    @classmethod
+    def tiny(cls, image_size: int = 64, **changes) -> Config:
+        """Two CPU cores: latents of 4 x 4 patches, a network of 2.8 M parameters."""
+        codec = CodecConfig("pca", channels=12, factor=4)
+        patches, odds = patch_table(image_size // codec.factor)
+        tiny = cls(
+            image_size=image_size,
+            resize=image_size,
+            classes=6,
+            codec=codec,
+            width=32,
+            multipliers=(1, 2, 3),
+            blocks=1,
+            heads=2,
+            context=64,
+            dropout=0.0,  # a small network has nothing to spare
+            norm_groups=8,
+            patch_sizes=patches,
+            patch_odds=odds,
+            image_sigma=1.0,
+            latent_sigma=0.5,
+            latent_clip=1.0,
+            stages=(
+                Stage(
+                    "correction",
+                    16_000,
+                    16,
+                    {"corrector": Rate(5e-4, "cosine", warmup=200)},
+                    optimizer="adamw",
+                    weight_decay=1e-4,
+                    clip=1.0,
+                ),
+            ),
+        )
+        return replace(tiny, **changes)
+
+
+# ------------------------------------------------------------------------------------- corruption
+
+
+def mix_noise(gaussian: Tensor, foreign: Tensor, n: Tensor) -> Tensor:
+    """Gaussian noise where n (B, 1, h, w) is 1, foreign content elsewhere."""
+    return n * gaussian + (1 - n) * foreign  # C2
+
+
+def corrupt(z_0: Tensor, eps: Tensor, mask: Tensor, abar: Tensor) -> Tensor:
+    """Corrupt a latent where its mask is 0.
+
+    Parameters
+    ----------
+    z_0, eps : Tensor (B, C, h, w)
+        Clean latent and what disturbs it.
+    mask : Tensor (B, 1, h, w)
+        1 keeps a place as it is.
+    abar : Tensor (B, 1, 1, 1)
+        Signal left in a corrupted place, in [0, 1].
+    """
+    return mask * z_0 + (1 - mask) * (abar.sqrt() * z_0 + (1 - abar).sqrt() * eps)  # C1
+
+
+def deviation(z_0: Tensor, eps: Tensor, mask: Tensor, abar: Tensor) -> Tensor:
+    """Direction in which a corrupted latent deviates from normal; 0 where it does not.
+
+    It is made so that z_t = z_0 + sqrt(1 - abar) eta everywhere (C4). Arguments as for `corrupt`.
+    """
+    return (1 - mask) * (eps - signal_share(abar) * z_0)  # C3
+
+
+def signal_share(abar: Tensor) -> Tensor:
+    """How much of the lost signal the deviation carries: (1 - sqrt(abar)) / sqrt(1 - abar)."""
+    return (1 - abar.sqrt()) / (1 - abar).sqrt()
+
+
+def draw_corruption(
+    z_0: Tensor, config: Config, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw a mask (B, 1, h, w) and the disturbance (B, C, h, w) of a batch of latents."""
+    b, side, device = len(z_0), z_0.shape[-1], generator.device
+
+    def mask(limits):
+        ratio = _uniform(limits, b, generator)
+        kept = (count * (1 - ratio)).long()
+        order = torch.rand(b, count, generator=generator, device=device).argsort(1)
+        return patch_mask(kept, order, patch, side).to(z_0.device)
+
+    odds = torch.tensor(config.patch_odds, device=device)
+    patch = config.patch_sizes[torch.multinomial(odds, 1, generator=generator).item()]
+    count = (side // patch) ** 2  # patches of a latent
+    m = mask(config.mask_ratio)
+    n = mask(config.foreign_ratio)
+    order = torch.randperm(b * count, generator=generator, device=device).to(z_0.device)
+    return m, mix_noise(draw_noise(z_0, generator), shuffle_patches(z_0, patch, order), n)
+
+
+def _uniform(limits: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    low, high = limits
+    draw = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+    return low + (high - low) * draw
+
+
+# ------------------------------------------------------------------------------------- correction
+
+
+def respaced(total: int, count: int) -> list[int]:
+    """`count` of `total` steps, from 0 in equal strides; 5 of 10 are 0, 2, 4, 6, 8.
+
+    Raises ValueError for a count that no whole stride gives.
+    """
+    for stride in range(1, total):
+        if len(range(0, total, stride)) == count:
+            return list(range(0, total, stride))
+    raise ValueError(f"no stride makes {count} of {total} steps")
+
+
+@torch.no_grad()
+def correct(
+    model: Callable[[Tensor, Tensor], Tensor],
+    z: Tensor,
+    schedule: Schedule,
+    times: Sequence[int],
+    rescale: bool = False,
+) -> list[Tensor]:
+    """Lead latents back to normal, step by step; no noise is ever added (C6).
+
+    Parameters
+    ----------
+    model : callable (z, t) -> eta
+        Predicts the deviation of z (B, C, h, w) at time steps t (B,).
+    z : Tensor (B, C, h, w)
+        Latents as they are: what deviates in them takes the place of the corruption.
+    times : sequence of int
+        Time steps, falling.
+    rescale : bool
+        The deviation of a corrupted place depends on the noise level (C3). False, as released,
+        takes the same direction to the next level. True fits it, which is exact where everything
+        is corrupted: the steps are then those of DDIM.
+
+    Returns
+    -------
+    list of Tensor (B, C, h, w)
+        The latents after every step; the last is the corrected one.
+    """
+    states = []
+    for i, t in enumerate(times):
+        t = torch.full((len(z),), t, device=z.device)
+        abar = schedule.at(t)
+        eta = model(z, t)
+        z_hat = z - (1 - abar).sqrt() * eta  # C4, solved for z_0
+        if i + 1 < len(times):
+            abar_prev = schedule.at(torch.full_like(t, times[i + 1]))
+            if rescale:
+                eta = eta + (signal_share(abar) - signal_share(abar_prev)) * z_hat
+            z = z_hat + (1 - abar_prev).sqrt() * eta  # C6
+        else:
+            z = z_hat
+        states.append(z)
+    return states
+
+
+# ------------------------------------------------------------------------------------ discrepancy
+
+
+def image_discrepancy(x_hat: Tensor, x_0: Tensor, clip: float = 0.4, sigma: float = 3.0) -> Tensor:
+    """How far decoded images (B, 3, H, W) in [-1, 1] lie apart: map (B, H, W) in [0, 1]."""
+    difference = (x_hat - x_0).abs().amax(1)
+    return gaussian_filter(clip_and_scale(difference, clip), sigma)  # C7
+
+
+def latent_discrepancy(
+    z_hat: Tensor, z_0: Tensor, size: int, clip: float = 0.2, sigma: float = 1.0
+) -> Tensor:
+    """How far latents (B, C, h, w) lie apart, at the image's size: map (B, size, size) in [0, 1].
+
+    Smoothed before it is enlarged; `sigma` counts latent cells.
+    """
+    difference = (z_hat - z_0).abs().mean(1)
+    return enlarge(gaussian_filter(clip_and_scale(difference, clip), sigma), size)  # C8
+
+
+FUSIONS = {
+    "geometric": lambda image, latent: (image * latent).sqrt(),  # C9
+    "arithmetic": lambda image, latent: (image + latent) / 2,
+    "image": lambda image, latent: image,
+    "latent": lambda image, latent: latent,
+}
+
+# -------------------------------------------------------------------------------------- detector
+
+
+class DecoDiff(Detector):
+    """Deviation correction in the latent space of a codec, one model for many classes.
+
+    Parameters
+    ----------
+    config : DecoDiff.Config
+        `Config.tiny()` or `Config.paper()`.
+    codec : Codec, optional
+        Ready for use; by default the config's, which `fit` trains or loads first.
+    """
+
+    Config = Config
+
+    def __init__(self, config: Config | None = None, codec: Codec | None = None):
+        super().__init__()
+        self.config = config = config or Config.paper()
+        if codec is not None:
+            self.config = config = replace(config, codec=codec.config)
+        self.schedule = Schedule.named(config.schedule, config.steps)
+        self.codec = codec or build_codec(config.codec)
+        self.codec.check(config.image_size)
+        _check_patches(config)
+        self.corrector = LatentUNet(
+            config.codec.channels,
+            config.classes,
+            config.width,
+            config.multipliers,
+            config.blocks,
+            config.heads,
+            config.context,
+            config.dropout,
+            config.norm_groups,
+        )
+        self.stages = config.stages
+        self.enter(self.stages[-1])
+
+    def prepare(self, dataset) -> None:
+        """Train or load the codec, before the first step of a training run."""
+        categories = getattr(dataset, "categories", ())
+        if len(categories) > self.config.classes:
+            raise ValueError(
+                f"{len(categories)} categories do not fit into a table of {self.config.classes} "
+                "classes; build the detector with classes=..."
+            )
+        self.codec.prepare(dataset)
+
+    def training_loss(self, batch, generator=None):
+        """Scalar "loss" for a batch of normal images, or of their latents (C5)."""
+        generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        with torch.no_grad():
+            posterior = batch.get("posterior")
+            if posterior is None:
+                posterior = self.posterior(self._crop(batch["image"], generator))
+            z_0 = draw_latent(posterior, generator)
+            category = self._classes(batch["category_index"], len(z_0))
+            t = torch.randint(
+                len(self.schedule), (len(z_0),), generator=generator, device=generator.device
+            ).to(z_0.device)
+            abar = self.schedule.at(t)
+            mask, eps = draw_corruption(z_0, self.config, generator)
+            z_t, eta = corrupt(z_0, eps, mask, abar), deviation(z_0, eps, mask, abar)
+        return {"loss": F.mse_loss(self.corrector(z_t, t, category).float(), eta)}  # C5
+
+    @torch.no_grad()
+    def predict(
+        self,
+        images,
+        category_index=None,
+        generator=None,
+        *,
+        steps: int | None = None,
+        start: int | None = None,
+        times: Sequence[int] | None = None,
+        rescale: bool | None = None,
+        fusion: str | None = None,
+    ):
+        """Anomaly map, score and corrected image of images (B, 3, H, W) in [0, 1].
+
+        Nothing is random here: the generator is not used.
+
+        Parameters
+        ----------
+        category_index : Tensor (B,), long
+            Class of each image, as in `self.categories`.
+        steps, start : int
+            Correction steps among the T, and how many of them are gone through, from the least
+            noisy; by default all.
+        times : sequence of int
+            The time steps themselves, falling, instead of `steps` and `start`.
+        rescale, fusion
+            Instead of the config's.
+        """
+        self.check(images)
+        z_0 = self.encode(images.to(self.device))
+        states = self.reconstruct(z_0, category_index, steps, start, times, rescale)
+        return self.compare(z_0, states[-1], fusion)
+
+    def posterior(self, images: Tensor) -> Tensor:
+        """Mean and deviation (B, 2C, h, w) of the latents of images in [0, 1]."""
+        return self.codec.posterior(images * 2 - 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Mean latent (B, C, h, w) of images (B, 3, H, W) in [0, 1]."""
+        return self.codec.encode(images * 2 - 1)
+
+    def reconstruct(
+        self, z, category_index, steps=None, start=None, times=None, rescale=None
+    ) -> list[Tensor]:
+        """Latents (B, C, h, w) after each correction step; arguments as in `predict`."""
+        category = self._classes(category_index, len(z))
+        if times is None:
+            kept = respaced(len(self.schedule), steps or self.config.correction_steps)
+            times = kept[: start or len(kept)][::-1]
+        rescale = self.config.rescale if rescale is None else rescale
+        return correct(
+            lambda z, t: self.corrector(z, t, category), z, self.schedule, times, rescale
+        )
+
+    @torch.no_grad()
+    def compare(self, z_0: Tensor, z_hat: Tensor, fusion: str | None = None) -> Prediction:
+        """Judge corrected latents beside the original ones, both (B, C, h, w)."""
+        fusion, config = fusion or self.config.fusion, self.config
+        if fusion not in FUSIONS:
+            raise ValueError(f"unknown fusion {fusion!r}; there are {', '.join(FUSIONS)}")
+        # The codec's own loss is in both, and so in neither's difference.
+        x_0, x_hat = self.codec.decode(torch.cat([z_0, z_hat])).chunk(2)
+        image = image_discrepancy(x_hat, x_0, config.image_clip, config.image_sigma)
+        latent = latent_discrepancy(
+            z_hat, z_0, config.image_size, config.latent_clip, config.latent_sigma
+        )
+        anomaly_map = FUSIONS[fusion](image, latent)
+        return Prediction(
+            anomaly_map=anomaly_map,
+            score=anomaly_map.flatten(1).amax(1),  # C10
+            reconstruction=_to_unit(x_hat),
+            parts={
+                "decoded": _to_unit(x_0),
+                "image_discrepancy": image,
+                "latent_discrepancy": latent,
+                "z_0": z_0,
+                "z_hat": z_hat,
+            },
+        )
+
+    def _classes(self, category_index, count: int) -> Tensor:
+        return class_indices(
+            category_index, count, self.config.classes, self.categories, self.device
+        )
+
+    def _crop(self, images: Tensor, generator) -> Tensor:
+        """A crop of image_size, moved by up to `shift` pixels in every second image."""
+        config = self.config
+        check_images(images)
+        b, size, shift = len(images), config.image_size, config.shift
+        if images.shape[-2:] not in ((size, size), (config.resize, config.resize)):
+            raise ValueError(
+                f"training images must have {size} or {config.resize} pixels a side, "
+                f"not {tuple(images.shape[-2:])}"
+            )
+        if images.shape[-1] == size:
+            images = F.pad(images, [shift] * 4, mode="reflect")
+        margin = (images.shape[-1] - size) // 2
+        reach = min(shift, margin)
+        moves = torch.randint(
+            -reach, reach + 1, (b, 2, 1), generator=generator, device=generator.device
+        )
+        moved = torch.rand(b, 1, 1, generator=generator, device=generator.device) < 0.5
+        corner = (margin + moves * moved).to(images.device)
+        rows, columns = (corner + torch.arange(size, device=images.device)).unbind(1)  # (B, size)
+        b = torch.arange(b, device=images.device)[:, None, None]
+        return images.permute(0, 2, 3, 1)[b, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def _to_unit(x: Tensor) -> Tensor:
+    """Images from [-1, 1] to [0, 1], clamped."""
+    return ((x + 1) / 2).clamp(0, 1)
+
+
+def _check_patches(config: Config) -> None:
+    """Patches and levels of the network must divide the latent."""
+    side = config.image_size // config.codec.factor
+    bad = [patch for patch in config.patch_sizes if side % patch]
+    if bad or not config.patch_sizes:
+        raise ValueError(f"patches of {bad} cells do not divide latents of {side} cells")
+    if len(config.patch_odds) != len(config.patch_sizes):
+        raise ValueError("every patch size needs its odds")
+    halvings = 2 ** (len(config.multipliers) - 1)
+    if side % halvings:
+        raise ValueError(
+            f"image_size must be a multiple of {halvings * config.codec.factor}, "
+            f"not {config.image_size}"
+        )

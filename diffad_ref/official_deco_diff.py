@@ -1,0 +1,169 @@
+"""Import of DeCo-Diff checkpoints, and of the ImageNet weights that its authors start from.
+
+Both hold a U-Net under the names of latent diffusion; diffusers knows how to rename them. A class
+table comes with it: its rows belong to the classes of one data set, in an order of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from torch import Tensor
+
+from diffad_ref.checkpoints import load_weights
+from diffad_ref.codecs import Codec
+from diffad_ref.deco_diff import SIZES, Config, DecoDiff
+from diffad_ref.foreign_pickles import read_foreign, weights_under
+
+LDM_UNET = "model.diffusion_model."  # where the converter, and ImageNet checkpoints, have it
+TABLE = "cond_stage_model.embedding.weight"
+
+# Classes of the published checkpoints, in the order of their tables.
+MVTEC = (
+    *("capsule", "bottle", "grid", "leather", "metal_nut", "tile", "transistor", "zipper"),
+    *("cable", "carpet", "hazelnut", "pill", "screw", "toothbrush", "wood"),
+)
+VISA = (
+    *("candle", "cashew", "fryum", "macaroni2", "pcb2", "pcb4"),
+    *("capsules", "chewinggum", "macaroni1", "pcb1", "pcb3", "pipe_fryum"),
+)
+
+
+def import_deco_diff(
+    path: str | os.PathLike, config: Config | None = None, codec: Codec | None = None
+) -> DecoDiff:
+    """Read a checkpoint of the released DeCo-Diff code; nothing that it holds is executed.
+
+    Parameters
+    ----------
+    path
+        File that holds `model`, and anything else.
+    config : DecoDiff.Config, optional
+        By default the paper's settings with the sizes that the weights show. Weights do not show
+        the number of attention heads: it is taken from the published size of the same width.
+    codec : Codec, optional
+        Ready for use. A checkpoint holds none: without it, call `detector.codec.prepare(None)`,
+        which loads the published autoencoder, before you predict.
+
+    Returns
+    -------
+    DecoDiff, in evaluation mode, on the CPU; with 15 classes its categories are those of MVTec
+    AD, with 12 VisA's.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The file is damaged, lacks the network, or does not fit the config.
+    """
+    state = weights_under(read_foreign(path), "model", path)
+    try:
+        config = config or _config(state)
+        converted = corrector_state(state, config.blocks)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} holds no network of DeCo-Diff: {error}") from error
+    detector = DecoDiff(config, codec)
+    load_weights(detector.corrector, converted, path)
+    tables = {len(MVTEC): MVTEC, len(VISA): VISA}
+    detector.categories = tables.get(config.classes, ())
+    return detector.eval()
+
+
+def corrector_state(state: dict[str, Tensor], blocks: int = 2) -> dict[str, Tensor]:
+    """Rename a released U-Net's weights, and its table, to those of `LatentUNet`.
+
+    Parameters
+    ----------
+    blocks : int
+        Residual blocks a level.
+
+    Raises
+    ------
+    ValueError
+        A name that no such network has.
+    """
+    names = {name: name for name in state if name != TABLE}
+    renamed = _converted(names, blocks)  # first the names alone, to see that none is lost
+    lost = sorted(set(names) - set(renamed.values()))
+    if lost:
+        raise ValueError(f"no U-Net of latent diffusion has {lost[:3]} ({len(lost)} such names)")
+    found = {f"unet.{ours}": state[theirs] for ours, theirs in renamed.items()}
+    if TABLE in state:
+        found["embedding.weight"] = state[TABLE]
+    return found
+
+
+def start_from_imagenet(detector: DecoDiff, path: str | os.PathLike) -> list[str]:
+    """Start a detector's network from a class-conditional latent-diffusion model of ImageNet.
+
+    Its U-Net has the published size L; its classes are not ours, so the class table stays as it
+    is, and with another latent size so do the first and the last convolution.
+
+    Returns
+    -------
+    list of str
+        Weights that were not in the file or did not fit, and kept their random start. The caller
+        sees them: a failed import never goes unnoticed.
+
+    Raises
+    ------
+    ValueError
+        The file holds no such network, or hardly any of its weights fit.
+    """
+    content = read_foreign(path)
+    state = content.get("state_dict", content)
+    state = {
+        name.removeprefix(LDM_UNET): value
+        for name, value in state.items()
+        if isinstance(name, str) and name.startswith(LDM_UNET)
+    }
+    if not state:
+        raise ValueError(f"{path} has no weights whose names begin with {LDM_UNET!r}")
+    found = corrector_state(state, detector.config.blocks)
+    own = detector.corrector.state_dict()
+    fitting = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
+    if len(fitting) < len(own) / 2:
+        raise ValueError(f"only {len(fitting)} of {len(own)} weights in {path} fit this network")
+    detector.corrector.load_state_dict(fitting, strict=False)
+    return sorted(set(own) - set(fitting))
+
+
+def _converted(names: dict, blocks: int) -> dict:
+    """diffusers' renaming of a dictionary with latent-diffusion keys, whatever its values."""
+    return convert_ldm_unet_checkpoint(
+        {LDM_UNET + name: value for name, value in names.items()}, {"layers_per_block": blocks}
+    )
+
+
+def _config(state: dict[str, Tensor]) -> Config:
+    """The paper's config, with the sizes that weights show."""
+    width, channels = state["input_blocks.0.0.weight"].shape[:2]
+    classes, context = state[TABLE].shape
+    outputs = {
+        int(m[1]): len(state[m[0]])
+        for m in map(re.compile(r"input_blocks\.(\d+)\.0\.out_layers\.3\.bias").match, state)
+        if m
+    }
+    entries = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("input_blocks."))
+    levels = 1 + sum(name.endswith(".0.op.bias") for name in state)
+    blocks = (entries - levels) // levels
+    multipliers = tuple(outputs[1 + level * (blocks + 1)] // width for level in range(levels))
+    known = {w: (heads, c) for w, heads, c in SIZES.values()}
+    if known.get(width, (None, None))[1] != context:
+        raise ValueError(
+            f"width {width} with tokens of {context} is no published size; give a config"
+        )
+    config = Config.paper(
+        width=width,
+        heads=known[width][0],
+        context=context,
+        multipliers=multipliers,
+        blocks=blocks,
+        classes=classes,
+    )
+    if channels != config.codec.channels:
+        raise ValueError(f"latents have {channels} channels; give a config with their codec")
+    return config

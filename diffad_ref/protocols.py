@@ -1,0 +1,128 @@
+"""How the released codes compute AUPRO, to compare their numbers like with like.
+
+`metrics.aupro` is what the name promises. These are not: each says what it does differently.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+from scipy.integrate import trapezoid
+
+from diffad_ref.metrics import EIGHT_NEIGHBOURS, as_images, paired_maps
+
+# ------------------------------------------------------------------------------------ DiffusionAD
+
+
+def pro_curve_diffusion_ad(maps, masks) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the overlap curve as the released evaluation of DiffusionAD does.
+
+    It differs from `aupro` in five facts, kept here to compare numbers like with like:
+    masks are truncated to integers (of a resized mask, only pixels equal to 1 count); there are
+    1000 equal steps from the largest value towards the smallest, which is never reached, and a
+    pixel is found when it lies *above* the threshold; the overlap counts found pixels in the
+    region *with its holes filled* but divides by the area without them, so it can exceed 1;
+    thresholds with a false-positive rate above 0.3 are dropped without interpolation; and the
+    rates that stay are stretched to [0, 1] by their own smallest and largest value.
+
+    Parameters
+    ----------
+    maps : Tensor or array (N, H, W) or (N, 1, H, W), finite
+    masks : Tensor or array of the same size, in [0, 1]
+
+    Returns
+    -------
+    fpr, pro : arrays (K,)
+        Stretched false-positive rate and mean overlap at the thresholds that stay.
+
+    Raises
+    ------
+    ValueError
+        Sizes differ, or there is no defective pixel, no normal one, or a map without contrast.
+    """
+    truncated = as_images(masks).astype(np.int64)
+    maps, masks = paired_maps(maps, truncated)
+    _check_contrast(maps, masks)
+    highest, lowest = maps.max(), maps.min()
+    thresholds = highest - np.arange(1000) * (highest - lowest) / 1000
+    found = _share_above(maps[~masks], thresholds)
+    overlap = np.mean(
+        [_share_above(inside, thresholds) * inside.size / area
+         for inside, area in _filled_regions(maps, masks)],
+        axis=0,
+    )  # fmt: skip
+    keep = found <= 0.3
+    fpr, pro = found[keep], overlap[keep]
+    width = fpr.max() - fpr.min()
+    return (fpr - fpr.min()) / (width if width > 0 else 1.0), pro
+
+
+def aupro_diffusion_ad(maps, masks) -> float:
+    """Area under `pro_curve_diffusion_ad`; unlike `aupro` it is not bounded by 1."""
+    fpr, pro = pro_curve_diffusion_ad(maps, masks)
+    return float(trapezoid(pro, fpr))
+
+
+def _filled_regions(maps: np.ndarray, masks: np.ndarray):
+    """Yield for each region the map inside its filled outline, and its area without holes."""
+    for values, mask in zip(maps, masks, strict=True):
+        regions, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
+        for number in range(1, count + 1):
+            region = regions == number
+            filled = ndimage.binary_fill_holes(region, EIGHT_NEIGHBOURS)
+            yield values[filled], region.sum()
+
+
+# ------------------------------------------------------------------- DeCo-Diff and One-for-More
+
+
+def pro_curve_deco_diff(maps, masks, steps: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the overlap curve as the released evaluations of DeCo-Diff and One-for-More do.
+
+    It differs from `aupro` in two facts: there are `steps` equal thresholds from the smallest
+    value on, the largest left out; and those with a false-positive rate of 0.3 or more are
+    dropped without interpolation, after which the rates are divided by the largest that stays.
+
+    Parameters, returned values and errors as for `pro_curve_diffusion_ad`; the masks hold only
+    0 and 1, and the rates fall.
+    """
+    maps, masks = paired_maps(maps, masks)
+    _check_contrast(maps, masks)
+    thresholds = np.arange(steps) * ((maps.max() - maps.min()) / steps) + maps.min()
+    found = _share_above(maps[~masks], thresholds)
+    overlap = np.mean(
+        [_share_above(inside, thresholds) for inside in _regions(maps, masks)], axis=0
+    )
+    keep = found < 0.3
+    fpr, pro = found[keep], overlap[keep]
+    return fpr / fpr.max(), pro
+
+
+def aupro_deco_diff(maps, masks, steps: int = 200) -> float:
+    """Area under `pro_curve_deco_diff`."""
+    fpr, pro = pro_curve_deco_diff(maps, masks, steps)
+    return float(-trapezoid(pro, fpr))
+
+
+def _regions(maps: np.ndarray, masks: np.ndarray):
+    """Yield the map inside each region of the masks."""
+    for values, mask in zip(maps, masks, strict=True):
+        regions, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
+        for number in range(1, count + 1):
+            yield values[regions == number]
+
+
+# ------------------------------------------------------------------------------------------ both
+
+
+def _share_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Share of the values that lie above each threshold."""
+    return 1 - np.searchsorted(np.sort(values), thresholds, side="right") / values.size
+
+
+def _check_contrast(maps: np.ndarray, masks: np.ndarray) -> None:
+    highest, lowest = maps.max(), maps.min()
+    if not masks.any() or masks.all() or not np.isfinite(highest - lowest) or highest == lowest:
+        raise ValueError(
+            "this protocol needs defective and normal pixels and finite maps that vary"
+        )
