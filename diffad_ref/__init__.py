@@ -6,6 +6,7 @@
 
 from diffad_ref.checkpoints import load_checkpoint, pretrained, save_checkpoint
 from diffad_ref.data import AnomalyFolder
+from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector, Prediction, Rate, Stage
 from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.evaluation import evaluate
@@ -15,6 +16,7 @@ from diffad_ref.training import fit
 __version__ = "0.1.0"
 __all__ = [
     "AnomalyFolder",
+    "DecoDiff",
     "Detector",
     "DiffusionAD",
     "Prediction",

@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,13 +24,18 @@ from diffad_ref.baselines import PCA, Template
 from diffad_ref.checkpoints import (
     METHODS,
     add_to_record,
+    from_plain,
     load_checkpoint,
     read_description,
     save_checkpoint,
     write_text,
 )
 from diffad_ref.data import AnomalyFolder
+from diffad_ref.deco_diff import DecoDiff
+from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.evaluation import batch_generator, evaluate
+from diffad_ref.latents import CachedLatents
+from diffad_ref.official_deco_diff import start_from_imagenet
 from diffad_ref.texture_sources import texture_bank
 from diffad_ref.toy import toy_factory
 from diffad_ref.training import fit
@@ -85,7 +91,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--categories", nargs="+", help="only these")
     sub.add_argument("--textures", help="folder of foreign textures, such as dtd/images")
     sub.add_argument(
-        "--no-reconstruction", action="store_true", help="the segmentation-only ablation"
+        "--no-reconstruction", action="store_true", help="DiffusionAD's segmentation-only ablation"
+    )
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting of the config, value as JSON: corruption.mask_ratio=[0,0.3]",
+    )
+    sub.add_argument(
+        "--latents", type=Path, help="DecoDiff: compute latents once, and keep them in this file"
+    )
+    sub.add_argument(
+        "--imagenet", type=Path, help="DecoDiff: start from this latent-diffusion checkpoint"
     )
     sub.add_argument("--steps", type=positive, help="instead of the recipe's")
     sub.add_argument("--batch-size", type=positive, help="instead of the recipe's")
@@ -110,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(_predict, "write heat maps and scores for your own images")
     sub.add_argument("weights", help="a .safetensors file with its .json")
     sub.add_argument("images", type=Path, help="an image or a folder of images")
+    sub.add_argument("--category", help="what they show, for a model that must know")
     sub.add_argument("--out", required=True, type=Path, help="folder for heat maps and scores.csv")
     sub.add_argument("--batch-size", type=positive, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -138,17 +158,14 @@ def _data(arguments) -> None:
 
 
 def _train(arguments) -> None:
-    kind = METHODS[arguments.method]
-    config = getattr(kind.Config, arguments.profile)()
-    if arguments.image_size:
-        config = getattr(kind.Config, arguments.profile)(image_size=arguments.image_size)
-    if arguments.no_reconstruction:
-        config = config.without_reconstruction()
+    config = _config(arguments)
     root = _root(arguments.data, config.image_size, 0)
-    data = AnomalyFolder(root, "train", config.image_size, arguments.categories)
-    torch.manual_seed(arguments.seed)
-    textures = texture_bank(arguments.textures) if arguments.textures else None
-    detector = kind(config, textures=textures)
+    data = AnomalyFolder(
+        root, "train", getattr(config, "resize", config.image_size), arguments.categories
+    )
+    detector = _detector(arguments, config, data)
+    if arguments.latents:
+        data = _latents(arguments, config, root, detector)
     start = time.time()
     history = fit(
         detector,
@@ -180,19 +197,87 @@ def _train(arguments) -> None:
     print(save_checkpoint(detector, arguments.out / "weights", record, half=True))
 
 
+def _config(arguments):
+    """The profile of the method, with what the command line changes."""
+    profile = getattr(METHODS[arguments.method].Config, arguments.profile)
+    size = {"image_size": arguments.image_size} if arguments.image_size else {}
+    config = profile(**size)
+    plain = json.loads(json.dumps(asdict(config)))
+    for setting in arguments.set:
+        _change(plain, setting)
+    config = from_plain(type(config), plain)
+    if not arguments.no_reconstruction:
+        return config
+    if not hasattr(config, "without_reconstruction"):
+        raise ValueError(f"{arguments.method} is nothing without its reconstruction")
+    return config.without_reconstruction()
+
+
+def _change(plain: dict, setting: str) -> None:
+    """Put NAME=VALUE into nested settings; a dot leads into them."""
+    path, _, value = setting.partition("=")
+    *outer, name = path.split(".")
+    for part in outer:
+        plain = plain.get(part)
+        if not isinstance(plain, dict):
+            raise ValueError(f"--set {setting}: there are no settings under {part!r}")
+    try:
+        plain[name] = json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"--set {setting}: expected NAME=VALUE, value as JSON") from error
+
+
+def _detector(arguments, config, data):
+    """A new detector, sized for the data."""
+    torch.manual_seed(arguments.seed)
+    if arguments.method == "DiffusionAD":
+        _refuse(arguments, "latents", "imagenet")
+        textures = texture_bank(arguments.textures) if arguments.textures else None
+        return DiffusionAD(config, textures=textures)
+    _refuse(arguments, "textures")
+    detector = DecoDiff(replace(config, classes=len(data.categories)))
+    if arguments.imagenet:
+        kept = start_from_imagenet(detector, arguments.imagenet)
+        print(f"not in {arguments.imagenet}, or of another shape: {', '.join(kept) or 'nothing'}")
+    return detector
+
+
+def _latents(arguments, config, root: Path, detector) -> CachedLatents:
+    """The training images as latents, from a cache; their crops do not move then."""
+    data = AnomalyFolder(
+        root, "train", config.resize, arguments.categories, cache=False, crop=config.image_size
+    )
+    detector.to(Accelerator().device).prepare(data)
+    return CachedLatents(data, detector.codec, arguments.latents)
+
+
+def _refuse(arguments, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name):
+            raise ValueError(f"--{name} is not for {arguments.method}")
+
+
+def _test_data(config, root: Path, categories=None) -> AnomalyFolder:
+    """Test images as a detector's config wants them."""
+    resize = getattr(config, "resize", config.image_size)
+    crop = config.image_size if resize != config.image_size else None
+    return AnomalyFolder(root, "test", resize, categories, crop=crop)
+
+
 def _evaluate(arguments) -> None:
     commands = [arguments.command]
     if arguments.weights in BASELINES:
-        size, trained = arguments.image_size or 64, {}
+        size = arguments.image_size or 64
         root = _root(arguments.data, size, 0)
         train = AnomalyFolder(root, "train", size, arguments.categories)
         detector = BASELINES[arguments.weights]().fit(train)
+        data = AnomalyFolder(root, "test", size, arguments.categories)
     else:
         detector = load_checkpoint(arguments.weights).to(Accelerator().device)
-        size, trained = detector.config.image_size, read_description(arguments.weights)["record"]
-        root = _root(arguments.data, size, 0)
+        trained = read_description(arguments.weights)["record"]
+        root = _root(arguments.data, detector.config.image_size, 0)
         commands = [trained["command"], *commands] if "command" in trained else commands
-    data = AnomalyFolder(root, "test", size, arguments.categories)
+        data = _test_data(detector.config, root, arguments.categories)
     report = evaluate(detector, data, batch_size=arguments.batch_size, seed=arguments.seed)
     print(report.to_json() if arguments.json else f"{report}\n\n{report.by_kind()}")
     if arguments.save:
@@ -210,6 +295,7 @@ def _predict(arguments) -> None:
     folder = image.parent if image else arguments.images
     source = {"good": folder} if image else {"test": folder}  # an image alone has no kind
     data = AnomalyFolder.from_folders(**source, image_size=detector.config.image_size)
+    category = _category(detector, arguments.category)
     if image:
         data.samples = [sample for sample in data.samples if sample.path == image]
     if not data.samples:
@@ -221,7 +307,8 @@ def _predict(arguments) -> None:
     loader = DataLoader(data, arguments.batch_size)
     for number, batch in enumerate(tqdm(loader, "predict")):
         generator = batch_generator(detector.device, arguments.seed, number)
-        prediction = detector.predict(batch["image"], generator=generator)
+        classes = None if category is None else torch.full((len(batch["image"]),), category)
+        prediction = detector.predict(batch["image"], classes, generator=generator)
         for i, path in enumerate(batch["path"]):
             name = Path(path).relative_to(folder)  # sub-folders may hold files of equal name
             heat_map = arguments.out / name.with_name(f"{name.name}_map.png")
@@ -230,6 +317,15 @@ def _predict(arguments) -> None:
             rows.writerow([path, f"{prediction.score[i]:.6f}"])
     write_text(table.getvalue(), arguments.out / "scores.csv")
     print(arguments.out / "scores.csv")
+
+
+def _category(detector, name: str | None) -> int | None:
+    """The index of a category that the user names."""
+    if name is None:
+        return None
+    if name not in detector.categories:
+        raise ValueError(f"unknown category {name!r}; known: {', '.join(detector.categories)}")
+    return detector.categories.index(name)
 
 
 def _root(data: str, size: int, seed: int) -> Path:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from diffad_ref.data import check_images
 from diffad_ref.detector import Prediction, class_indices
+from diffad_ref.images import check_images
 from diffad_ref.metrics import top_k_mean
 
 

@@ -55,7 +55,7 @@ class Codec(nn.Module):
         raise NotImplementedError
 
     def prepare(self, dataset) -> None:
-        """Learn or load what the codec needs to know before it is used."""
+        """Learn or load what the codec needs to know before it is used, if it does not yet."""
         raise NotImplementedError
 
     def encode(self, x: Tensor) -> Tensor:
@@ -107,6 +107,8 @@ class PatchPCA(Codec):
     @torch.no_grad()
     def prepare(self, dataset) -> None:
         """Learn the components from all patches of a data set's images (float64, one pass)."""
+        if self.components.any():
+            return
         count, total, square = 0, 0.0, 0.0
         for batch in DataLoader(dataset, batch_size=64):
             patches = self._cut(batch["image"].to(self.mean.device) * 2 - 1)

@@ -1,7 +1,7 @@
 """The sample contract, and `AnomalyFolder`, which reads the MVTec layout from disk.
 
 Everything that learns or judges in this package eats the dictionaries that come out of here, so
-whatever is odd about files (bit depth, alpha, size, missing masks) is settled once, in this file.
+whatever is odd about a folder (missing masks, mixed sizes, no labels) is settled here, once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import center_crop
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+from diffad_ref.images import SUFFIXES, read_image, read_mask, resize_mask
 
 # Surfaces without an outline: the whole image is foreground. Zipper counts as one in DiffusionAD.
 TEXTURES = frozenset(
@@ -40,42 +41,6 @@ EXPECTED_TREE = """\
 def is_texture(category: str) -> bool:
     """Whether a category is a surface that fills the image, rather than an object on a ground."""
     return category in TEXTURES
-
-
-def check_images(images: Tensor, name: str = "images") -> None:
-    """Refuse what is not a batch of images, in words that say what to do.
-
-    Parameters
-    ----------
-    images : Tensor (B, 3, H, W), floating point, in [0, 1]
-    name : str
-        What the caller calls them; begins the message.
-
-    Raises
-    ------
-    ValueError
-        For another type, shape or dtype, an empty batch, NaN or infinite pixels, and values
-        outside [0, 1] (up to 1e-4, which resampling may cost).
-    """
-    if not isinstance(images, Tensor):
-        raise ValueError(f"{name}: expected a tensor (B, 3, H, W), got {type(images).__name__}")
-    if images.ndim != 4 or images.shape[1] != 3:
-        hint = "; add the batch dimension with images[None]" if images.ndim == 3 else ""
-        raise ValueError(f"{name}: expected shape (B, 3, H, W), got {tuple(images.shape)}{hint}")
-    if images.numel() == 0:
-        raise ValueError(f"{name}: the batch is empty, shape {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise ValueError(
-            f"{name}: expected float32 in [0, 1], got {images.dtype}; "
-            "convert with images.float() / 255 if these are bytes"
-        )
-    if not torch.isfinite(images).all():
-        bad = [i for i, image in enumerate(images) if not torch.isfinite(image).all()]
-        raise ValueError(f"{name}: NaN or infinite pixels in image(s) {bad} of the batch")
-    low, high = images.min().item(), images.max().item()
-    if low < -1e-4 or high > 1 + 1e-4:
-        hint = "; divide by 255" if high > 1.5 else "; is it still in [-1, 1]?" if low < 0 else ""
-        raise ValueError(f"{name}: values must lie in [0, 1], found [{low:.4g}, {high:.4g}]{hint}")
 
 
 @dataclass(frozen=True)
@@ -109,6 +74,9 @@ class AnomalyFolder(Dataset):
     foreground : path, optional
         Folder that mirrors `root` with masks of the object, such as
         `<foreground>/<category>/train/good/000.png`.
+    crop : int, optional
+        Keep only the middle of each resized image, so many pixels a side, and of its masks. A
+        label stays what its folder says, even if the defect is cut away.
     cache : bool
         Keep decoded images in memory, 4 HW bytes each. Small images are read thousands of times,
         and decoding would cost more than learning. Ignored for `image_size=None`.
@@ -150,6 +118,7 @@ class AnomalyFolder(Dataset):
         categories: Sequence[str] | None = None,
         foreground: str | Path | None = None,
         cache: bool = True,
+        crop: int | None = None,
     ):
         if split not in ("train", "test"):
             raise ValueError(f'split must be "train" or "test", got {split!r}')
@@ -166,7 +135,7 @@ class AnomalyFolder(Dataset):
             if foreground is not None:
                 found = _add_foreground(found, folder, Path(foreground) / category)
             samples += found
-        self._fill(split, samples, image_size, cache)
+        self._fill(split, samples, image_size, cache, crop)
 
     @classmethod
     def from_folders(
@@ -200,11 +169,14 @@ class AnomalyFolder(Dataset):
         self._fill(split, read(self.root, category), image_size, cache)
         return self
 
-    def _fill(self, split, samples, image_size, cache) -> None:
+    def _fill(self, split, samples, image_size, cache, crop=None) -> None:
         self.split = split
         self.samples = samples
         self.image_size = image_size
         self._size = _size_pair(image_size)
+        self.crop = crop
+        if crop is not None and (self._size is None or crop > min(self._size)):
+            raise ValueError(f"cannot crop {crop} pixels from images of size {image_size}")
         self.has_labels = all(record.kind != "unlabelled" for record in samples)
         self.has_masks = self.has_labels and all(r.mask_path for r in samples if r.label)
         self._index = {category: i for i, category in enumerate(self.categories)}
@@ -241,53 +213,9 @@ class AnomalyFolder(Dataset):
                 mask = _read_mask_of(record, path, image.size)
                 parts[name] = torch.from_numpy(resize_mask(mask, (height, width)))[None]
         parts.setdefault("mask", torch.zeros(1, height, width, dtype=torch.uint8))
+        if self.crop is not None:
+            parts = {name: center_crop(part, [self.crop]) for name, part in parts.items()}
         return parts
-
-
-def _open(path: Path) -> Image.Image:
-    """Decode fully, upright, with depths above 8 bits scaled to 8."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-    except Exception as error:  # PIL's decoders raise half a dozen unrelated types
-        raise ValueError(f"cannot read the image {path}: {error}") from error
-    if image.mode == "F":
-        raise ValueError(f"{path}: floating-point images have no known range; save 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    return image
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Read any supported image file as 8-bit RGB, alpha composited over white.
-
-    Raises ValueError, naming the file, if it is damaged or holds floating-point pixels.
-    """
-    image = _open(Path(path))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-
-
-def read_mask(path: str | Path) -> np.ndarray:
-    """Read a mask file as uint8 (H, W) in {0, 1}: 1 where it exceeds half of full scale."""
-    image = _open(Path(path))
-    if image.mode in ("LA", "RGBA", "P", "PA"):
-        image = image.convert("RGB")  # a palette's colours count, not its indices
-    return (np.asarray(image.convert("L")) > 127).astype(np.uint8)
-
-
-def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a binary mask (H, W) to `size` (height, width) so that it stays binary.
-
-    A pixel is 1 if at least half of its area is. A mask too thin for that anywhere keeps the
-    pixels that it covers most, so that no defective image loses its mask.
-    """
-    coverage = Image.fromarray(mask.astype(np.float32))
-    coverage = np.asarray(coverage.resize((size[1], size[0]), Image.Resampling.BOX))
-    threshold = min(0.5, float(coverage.max()))
-    return ((coverage >= threshold - 1e-6) & (coverage > 0)).astype(np.uint8)
 
 
 def _read_mask_of(record: Record, path: Path, image_size: tuple[int, int]) -> np.ndarray:

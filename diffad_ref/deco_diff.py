@@ -21,11 +21,11 @@ from torch import Tensor
 
 from diffad_ref.backbones import LatentUNet
 from diffad_ref.codecs import Codec, CodecConfig, build_codec, draw_latent
-from diffad_ref.data import check_images
 from diffad_ref.detector import Detector, Prediction, Rate, Stage, class_indices
-from diffad_ref.diffusion import Schedule, draw_noise
+from diffad_ref.diffusion import Schedule, respaced
+from diffad_ref.images import check_images, moved_crop
 from diffad_ref.maps import clip_and_scale, enlarge, gaussian_filter
-from diffad_ref.patches import ODDS, patch_mask, patch_table, shuffle_patches
+from diffad_ref.patches import Corruption, draw_corruption
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -59,10 +59,7 @@ class Config:
     # Corruption.
     schedule: str = "cosine"
     steps: int = 10  # T
-    patch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)  # latent cells; one is drawn a batch
-    patch_odds: tuple[float, ...] = ODDS
-    mask_ratio: tuple[float, float] = (0.0, 0.7)  # share of patches that are corrupted
-    foreign_ratio: tuple[float, float] = (0.0, 0.3)  # share of those with foreign content
+    corruption: Corruption = field(default_factory=Corruption)
     # Correction.
     correction_steps: int = 5  # of the T
     rescale: bool = False  # fit the direction to the next noise level between steps
@@ -90,7 +87,7 @@ class Config:
         if size not in SIZES:
             raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
         width, heads, context = SIZES[size]
-        patches, odds = patch_table(image_size // cls().codec.factor)
+        corruption = Corruption.of_side(image_size // cls().codec.factor)
         config = replace(
             cls(),
             width=width,
@@ -98,37 +95,34 @@ class Config:
             context=context,
             image_size=image_size,
             resize=image_size * 9 // 8,
-            patch_sizes=patches,
-            patch_odds=odds,
+            corruption=corruption,
         )
         return replace(config, **changes)
 
     @classmethod
     def tiny(cls, image_size: int = 64, **changes) -> Config:
-        """Two CPU cores: latents of 4 x 4 patches, a network of 2.8 M parameters."""
+        """Two CPU cores: latents of 4 x 4 patches, a network of 1.8 M parameters."""
         codec = CodecConfig("pca", channels=12, factor=4)
-        patches, odds = patch_table(image_size // codec.factor)
         tiny = cls(
             image_size=image_size,
             resize=image_size,
             classes=6,
             codec=codec,
             width=32,
-            multipliers=(1, 2, 3),
+            multipliers=(1, 2, 2),
             blocks=1,
             heads=2,
             context=64,
             dropout=0.0,  # a small network has nothing to spare
             norm_groups=8,
-            patch_sizes=patches,
-            patch_odds=odds,
+            corruption=Corruption.of_side(image_size // codec.factor),
             image_sigma=1.0,
             latent_sigma=0.5,
-            latent_clip=1.0,
+            latent_clip=0.5,
             stages=(
                 Stage(
                     "correction",
-                    16_000,
+                    12_000,
                     16,
                     {"corrector": Rate(5e-4, "cosine", warmup=200)},
                     optimizer="adamw",
@@ -141,11 +135,6 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------- corruption
-
-
-def mix_noise(gaussian: Tensor, foreign: Tensor, n: Tensor) -> Tensor:
-    """Gaussian noise where n (B, 1, h, w) is 1, foreign content elsewhere."""
-    return n * gaussian + (1 - n) * foreign  # C2
 
 
 def corrupt(z_0: Tensor, eps: Tensor, mask: Tensor, abar: Tensor) -> Tensor:
@@ -171,50 +160,12 @@ def deviation(z_0: Tensor, eps: Tensor, mask: Tensor, abar: Tensor) -> Tensor:
     return (1 - mask) * (eps - signal_share(abar) * z_0)  # C3
 
 
-def signal_share(abar: Tensor) -> Tensor:
-    """How much of the lost signal the deviation carries: (1 - sqrt(abar)) / sqrt(1 - abar)."""
-    return (1 - abar.sqrt()) / (1 - abar).sqrt()
-
-
-def draw_corruption(
-    z_0: Tensor, config: Config, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw a mask (B, 1, h, w) and the disturbance (B, C, h, w) of a batch of latents."""
-    b, side, device = len(z_0), z_0.shape[-1], generator.device
-
-    def mask(limits):
-        ratio = _uniform(limits, b, generator)
-        kept = (count * (1 - ratio)).long()
-        order = torch.rand(b, count, generator=generator, device=device).argsort(1)
-        return patch_mask(kept, order, patch, side).to(z_0.device)
-
-    odds = torch.tensor(config.patch_odds, device=device)
-    patch = config.patch_sizes[torch.multinomial(odds, 1, generator=generator).item()]
-    count = (side // patch) ** 2  # patches of a latent
-    m = mask(config.mask_ratio)
-    n = mask(config.foreign_ratio)
-    order = torch.randperm(b * count, generator=generator, device=device).to(z_0.device)
-    return m, mix_noise(draw_noise(z_0, generator), shuffle_patches(z_0, patch, order), n)
-
-
-def _uniform(limits: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
-    low, high = limits
-    draw = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
-    return low + (high - low) * draw
+def signal_share(abar: Tensor | float) -> Tensor | float:
+    """How much of z_0 a deviation takes away: (1 - sqrt(abar)) / sqrt(1 - abar)."""
+    return (1 - abar**0.5) / (1 - abar) ** 0.5
 
 
 # ------------------------------------------------------------------------------------- correction
-
-
-def respaced(total: int, count: int) -> list[int]:
-    """`count` of `total` steps, from 0 in equal strides; 5 of 10 are 0, 2, 4, 6, 8.
-
-    Raises ValueError for a count that no whole stride gives.
-    """
-    for stride in range(1, total):
-        if len(range(0, total, stride)) == count:
-            return list(range(0, total, stride))
-    raise ValueError(f"no stride makes {count} of {total} steps")
 
 
 @torch.no_grad()
@@ -246,18 +197,13 @@ def correct(
         The latents after every step; the last is the corrected one.
     """
     states = []
-    for i, t in enumerate(times):
-        t = torch.full((len(z),), t, device=z.device)
-        abar = schedule.at(t)
-        eta = model(z, t)
-        z_hat = z - (1 - abar).sqrt() * eta  # C4, solved for z_0
-        if i + 1 < len(times):
-            abar_prev = schedule.at(torch.full_like(t, times[i + 1]))
-            if rescale:
-                eta = eta + (signal_share(abar) - signal_share(abar_prev)) * z_hat
-            z = z_hat + (1 - abar_prev).sqrt() * eta  # C6
-        else:
-            z = z_hat
+    abars = [*schedule.abar[list(times)].tolist(), 1.0]  # no deviation is left at the end
+    for t, abar, abar_prev in zip(times, abars, abars[1:], strict=False):
+        eta = model(z, torch.full((len(z),), t, device=z.device))
+        z_hat = z - (1 - abar) ** 0.5 * eta  # C4, solved for z_0
+        if rescale and abar_prev < 1:
+            eta = eta + (signal_share(abar) - signal_share(abar_prev)) * z_hat
+        z = z_hat + (1 - abar_prev) ** 0.5 * eta  # C6
         states.append(z)
     return states
 
@@ -344,14 +290,16 @@ class DecoDiff(Detector):
         with torch.no_grad():
             posterior = batch.get("posterior")
             if posterior is None:
-                posterior = self.posterior(self._crop(batch["image"], generator))
+                check_images(batch["image"])
+                size, shift = self.config.image_size, self.config.shift
+                posterior = self.posterior(moved_crop(batch["image"], size, shift, generator))
             z_0 = draw_latent(posterior, generator)
-            category = self._classes(batch["category_index"], len(z_0))
+            category = self._classes(batch.get("category_index"), len(z_0))
             t = torch.randint(
                 len(self.schedule), (len(z_0),), generator=generator, device=generator.device
             ).to(z_0.device)
             abar = self.schedule.at(t)
-            mask, eps = draw_corruption(z_0, self.config, generator)
+            mask, eps = draw_corruption(z_0, self.config.corruption, generator)
             z_t, eta = corrupt(z_0, eps, mask, abar), deviation(z_0, eps, mask, abar)
         return {"loss": F.mse_loss(self.corrector(z_t, t, category).float(), eta)}  # C5
 
@@ -377,12 +325,11 @@ class DecoDiff(Detector):
         category_index : Tensor (B,), long
             Class of each image, as in `self.categories`.
         steps, start : int
-            Correction steps among the T, and how many of them are gone through, from the least
-            noisy; by default all.
+            Steps kept of the T, and how many of those are taken: the least noisy; default all.
         times : sequence of int
             The time steps themselves, falling, instead of `steps` and `start`.
         rescale, fusion
-            Instead of the config's.
+            As in the config.
         """
         self.check(images)
         z_0 = self.encode(images.to(self.device))
@@ -441,29 +388,6 @@ class DecoDiff(Detector):
             category_index, count, self.config.classes, self.categories, self.device
         )
 
-    def _crop(self, images: Tensor, generator) -> Tensor:
-        """A crop of image_size, moved by up to `shift` pixels in every second image."""
-        config = self.config
-        check_images(images)
-        b, size, shift = len(images), config.image_size, config.shift
-        if images.shape[-2:] not in ((size, size), (config.resize, config.resize)):
-            raise ValueError(
-                f"training images must have {size} or {config.resize} pixels a side, "
-                f"not {tuple(images.shape[-2:])}"
-            )
-        if images.shape[-1] == size:
-            images = F.pad(images, [shift] * 4, mode="reflect")
-        margin = (images.shape[-1] - size) // 2
-        reach = min(shift, margin)
-        moves = torch.randint(
-            -reach, reach + 1, (b, 2, 1), generator=generator, device=generator.device
-        )
-        moved = torch.rand(b, 1, 1, generator=generator, device=generator.device) < 0.5
-        corner = (margin + moves * moved).to(images.device)
-        rows, columns = (corner + torch.arange(size, device=images.device)).unbind(1)  # (B, size)
-        b = torch.arange(b, device=images.device)[:, None, None]
-        return images.permute(0, 2, 3, 1)[b, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-
 
 def _to_unit(x: Tensor) -> Tensor:
     """Images from [-1, 1] to [0, 1], clamped."""
@@ -472,15 +396,11 @@ def _to_unit(x: Tensor) -> Tensor:
 
 def _check_patches(config: Config) -> None:
     """Patches and levels of the network must divide the latent."""
-    side = config.image_size // config.codec.factor
-    bad = [patch for patch in config.patch_sizes if side % patch]
-    if bad or not config.patch_sizes:
+    side, corruption = config.image_size // config.codec.factor, config.corruption
+    bad = [patch for patch in corruption.patch_sizes if side % patch]
+    if bad or not corruption.patch_sizes:
         raise ValueError(f"patches of {bad} cells do not divide latents of {side} cells")
-    if len(config.patch_odds) != len(config.patch_sizes):
-        raise ValueError("every patch size needs its odds")
     halvings = 2 ** (len(config.multipliers) - 1)
     if side % halvings:
-        raise ValueError(
-            f"image_size must be a multiple of {halvings * config.codec.factor}, "
-            f"not {config.image_size}"
-        )
+        multiple = halvings * config.codec.factor
+        raise ValueError(f"image_size must be a multiple of {multiple}, not {config.image_size}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from diffad_ref.data import check_images
+from diffad_ref.images import check_images
 
 
 @dataclass

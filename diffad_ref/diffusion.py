@@ -179,6 +179,17 @@ def spaced_timesteps(start: int, count: int, end: int = 0) -> list[int]:
     return [int(t) for t in torch.linspace(start, end, count, dtype=torch.float64).round()]
 
 
+def respaced(total: int, count: int) -> list[int]:
+    """`count` of `total` steps, from 0 in equal strides; 5 of 10 are 0, 2, 4, 6, 8.
+
+    Raises ValueError for a count that no whole stride gives.
+    """
+    for stride in range(1, total):
+        if len(range(0, total, stride)) == count:
+            return list(range(0, total, stride))
+    raise ValueError(f"no stride makes {count} of {total} steps")
+
+
 # -------------------------------------------------------------------------------- many small steps
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 from tqdm.auto import tqdm
 
-from diffad_ref.data import read_image
+from diffad_ref.images import read_image
 
 # Photographs inside the scikit-image package. Brick, grass and gravel are not among them: the toy
 # factory sells those, and a product's own texture is no anomaly.

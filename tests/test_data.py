@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffad_ref.data import AnomalyFolder, check_images, is_texture, read_image, resize_mask
+from diffad_ref.data import AnomalyFolder, is_texture
+from diffad_ref.images import check_images, read_image, resize_mask
 
 FIRST_CRACK = 0  # kinds are sorted, so "crack" precedes "good"
 

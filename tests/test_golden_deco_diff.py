@@ -19,13 +19,11 @@ from diffad_ref.deco_diff import (
     deviation,
     image_discrepancy,
     latent_discrepancy,
-    mix_noise,
-    respaced,
     signal_share,
 )
-from diffad_ref.diffusion import Schedule
+from diffad_ref.diffusion import Schedule, respaced
 from diffad_ref.official_deco_diff import corrector_state
-from diffad_ref.patches import patch_mask, shuffle_patches
+from diffad_ref.patches import mix_noise, patch_mask, shuffle_patches
 
 pytestmark = pytest.mark.golden
 

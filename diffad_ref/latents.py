@@ -1,0 +1,108 @@
+"""Latents computed once: a frozen codec gives the same answer in every epoch.
+
+The codec of the paper costs more than the network that is trained on its latents. So they are
+computed once and kept in one file, with a fingerprint of everything that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from diffad_ref.checkpoints import read_metadata, read_tensors, write_tensors
+from diffad_ref.codecs import Codec
+from diffad_ref.data import AnomalyFolder
+
+
+class CachedLatents(Dataset):
+    """The samples of a data set with the posteriors of their latents instead of their images.
+
+    Parameters
+    ----------
+    dataset : AnomalyFolder
+        Its images have the size that the detector was built for: a cache cannot be cropped anew.
+    codec : Codec
+        Ready for use. Its own device does the work.
+    path : path
+        File that keeps them (.safetensors); written if it is not there.
+    batch_size : int
+    progress : bool
+        Show a bar while they are computed.
+
+    Raises
+    ------
+    ValueError
+        The file was made with other codec weights, another image size or other images. It says
+        which; delete the file to compute it anew.
+    """
+
+    def __init__(
+        self,
+        dataset: AnomalyFolder,
+        codec: Codec,
+        path: str | os.PathLike,
+        batch_size: int = 32,
+        progress: bool = True,
+    ):
+        self.dataset, self.path = dataset, Path(path)
+        self.categories = dataset.categories
+        wanted = fingerprint(dataset, codec)
+        if self.path.exists():
+            found = read_metadata(self.path)
+            stale = [name for name in wanted if found.get(name) != wanted[name]]
+            if stale:
+                raise ValueError(
+                    f"{self.path} holds latents of other {' and '.join(stale)}; "
+                    "delete it to compute them anew"
+                )
+        else:
+            posteriors = _posteriors(dataset, codec, batch_size, progress)
+            write_tensors({"posterior": posteriors}, self.path, wanted)
+        self.posteriors = read_tensors(self.path)["posterior"]
+
+    def __len__(self) -> int:
+        return len(self.posteriors)
+
+    def __getitem__(self, i: int) -> dict:
+        record = self.dataset.samples[i]
+        return {
+            "posterior": self.posteriors[i],
+            "label": record.label,
+            "category": record.category,
+            "category_index": self.categories.index(record.category),
+            "path": str(record.path),
+        }
+
+
+def fingerprint(dataset: AnomalyFolder, codec: Codec) -> dict[str, str]:
+    """What latents depend on: the codec's weights and the images, as short hashes."""
+    weights, images = hashlib.sha256(repr(codec.config).encode()), hashlib.sha256()
+    for name, value in sorted(codec.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for record in dataset.samples:
+        images.update(str(record.path.relative_to(dataset.root)).encode())
+        images.update(record.path.read_bytes())
+    return {
+        "codec weights": weights.hexdigest()[:16],
+        "images": images.hexdigest()[:16],
+        "image size": f"{dataset.image_size}, cropped to {dataset.crop}",
+    }
+
+
+@torch.no_grad()
+def _posteriors(dataset, codec: Codec, batch_size: int, progress: bool) -> torch.Tensor:
+    """Posteriors (N, 2C, h, w) of all images, on the CPU."""
+    device = next(codec.buffers()).device
+    batches = DataLoader(dataset, batch_size)
+    return torch.cat(
+        [
+            codec.posterior(batch["image"].to(device) * 2 - 1).cpu()
+            for batch in tqdm(batches, "latents", disable=not progress)
+        ]
+    )
