@@ -71,14 +71,19 @@ def test_representations_of_attention_projections():
     )
     query = source + place
     close(representation(maps["q"], query), case["mha_matrix"])
-    heads = 2
-    q, k, v = (
-        maps[name](x).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-        for name, x in zip("qkv", (query, query, source), strict=True)
-    )  # (B, heads, tokens, width of a head)
-    joined = F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
-    close(representation(out, joined), case["mha_out_proj_matrix"])
-    close(out(joined), case["mha_output"])
+    fitting = 0
+    for heads in range(1, width + 1):  # the file does not say how many there are
+        if width % heads:
+            continue
+        q, k, v = (
+            maps[name](x).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+            for name, x in zip("qkv", (query, query, source), strict=True)
+        )  # (B, heads, tokens, width of a head)
+        joined = F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
+        if np.allclose(out(joined).detach(), case["mha_output"], atol=1e-5, rtol=1e-4):
+            close(representation(out, joined), case["mha_out_proj_matrix"])
+            fitting += 1
+    assert fitting == 1
 
 
 # --------------------------------------------------------------------------------- 3e iterative SVD
@@ -110,7 +115,8 @@ def test_without_singular_values_a_large_chunk_pushes_the_old_basis_out():
     first = svd.basis
     assert first.shape[1] == int(case["forget_step0_rank"])
     close(gram(first), gram(case["forget_first_basis"].astype(float)), atol=1e-3)
-    close(svd.update(tensor(case, "forget_chunk1").T), case["forget_step1_singular_values"])
+    recorded = case["forget_step1_singular_values"]
+    close(svd.update(tensor(case, "forget_chunk1").T), recorded, atol=1e-5 * recorded.max())
     close(gram(svd.basis), case["forget_step1_projector"], atol=1e-3)
     kept = (svd.basis.T @ first).square().sum() / first.shape[1]
     close(kept, case["forget_fraction_of_first_basis_kept"], atol=1e-6)
@@ -214,9 +220,8 @@ def modules_of(case):
     shapes = {}
     for name in case:
         if name.startswith("grad_before__"):
-            path, kind = (
-                name.removeprefix("grad_before__").replace(".in_proj_", ".in_proj.").rsplit(".", 1)
-            )
+            name_here = name.removeprefix("grad_before__").replace(".in_proj_", ".in_proj.")
+            path, kind = name_here.rsplit(".", 1)
             shapes.setdefault(path, {})[kind] = tensor(case, name)
     network = nn.Module()
     for path, grads in shapes.items():
@@ -266,9 +271,4 @@ def test_projected_and_zeroed_gradients():
         close(parameter.grad, case[f"grad_after__{recorded_name(name)}"])
     gone = {recorded_name(n) for n, p in network.named_parameters() if not p.grad.any()}
     assert gone >= set(zeroed["zeroed"])
-    assert {f"{name}.weight".replace(".in_proj.", ".in_proj_") for name in bases} == set(
-        zeroed["projected"]
-    )
-    assert np.isin(
-        zeroed["projected"], [recorded_name(n) for n, _ in network.named_parameters()]
-    ).all()
+    assert {recorded_name(f"{name}.weight") for name in bases} == set(zeroed["projected"])
