@@ -169,6 +169,70 @@ class LatentUNet(nn.Module):
         return self.unet(z, t, self.embedding(category)[:, None]).sample
 
 
+class ControlledUNet(nn.Module):
+    """Stable Diffusion's U-Net, at any size, with condition features and a constant prompt.
+
+    Parameters
+    ----------
+    channels : int
+        Of input and output: those of a latent.
+    width, multipliers, blocks
+        As in `adm_unet`; every level but the last has attention, as in Stable Diffusion.
+    heads : int
+        Attention heads at every level.
+    prompt : (int, int)
+        Tokens and channels of the text embedding. It is that of the empty prompt throughout, so
+        it is a constant; zeros until it is set, which switches the text's influence off.
+    norm_groups : int
+        Groups of each group normalisation.
+    """
+
+    def __init__(
+        self,
+        channels: int = 4,
+        width: int = 320,
+        multipliers: tuple[int, ...] = (1, 2, 4, 4),
+        blocks: int = 2,
+        heads: int = 8,
+        prompt: tuple[int, int] = (77, 768),
+        norm_groups: int = 32,
+        last_attention: bool = False,
+    ):
+        super().__init__()
+        levels = len(multipliers)
+        down = ["CrossAttnDownBlock2D"] * (levels - 1)
+        up = ["CrossAttnUpBlock2D"] * (levels - 1)
+        down.append("CrossAttnDownBlock2D" if last_attention else "DownBlock2D")
+        up.insert(0, "CrossAttnUpBlock2D" if last_attention else "UpBlock2D")
+        self.unet = UNet2DConditionModel(
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(width * m for m in multipliers),
+            layers_per_block=blocks,
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            attention_head_dim=heads,  # called so, but it is their number
+            cross_attention_dim=prompt[1],
+            norm_num_groups=norm_groups,
+        )
+        self.register_buffer("prompt", torch.zeros(1, *prompt))
+
+    def forward(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Output (B, C, h, w) for latents z, time steps t (B,) and features (B, width, h, w).
+
+        The condition is added right after the first convolution, before anything branches off.
+        """
+
+        def add(module, inputs, output):
+            return output if condition is None else output + condition
+
+        hook = self.unet.conv_in.register_forward_hook(add)
+        try:
+            return self.unet(z, t, self.prompt.expand(len(z), -1, -1)).sample
+        finally:
+            hook.remove()
+
+
 class SegmentationNet(nn.Module):
     """U-Net with six encoder and five decoder stages that compares two images.
 

@@ -7,6 +7,7 @@ float64; whoever uses them picks entries first and casts then, so that nothing i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -190,6 +191,16 @@ def respaced(total: int, count: int) -> list[int]:
     raise ValueError(f"no stride makes {count} of {total} steps")
 
 
+def ddim_times(total: int, count: int) -> list[int]:
+    """Time steps of latent diffusion's sampler, falling: 901, 801, ..., 1 for 10 of 1000.
+
+    The stride is total // count; a count that does not divide the total gives more steps.
+    """
+    if not 1 <= count <= total:
+        raise ValueError(f"{count} steps do not fit into {total}")
+    return [t + 1 for t in range(0, total, total // count)][::-1]
+
+
 # -------------------------------------------------------------------------------- many small steps
 
 
@@ -242,6 +253,46 @@ def iterative_x0(
             x_t = ddpm_step(x_t, x0, level(t), schedule, draw_noise(x, generator))
         else:
             x_t = ddim_step(x0, eps, schedule.at(level(t_next)))
+
+
+@torch.no_grad()
+def ddim_walk(
+    denoiser: Callable[[Tensor, Tensor], Tensor],
+    x_t: Tensor,
+    schedule: Schedule,
+    times: Sequence[int],
+    abar_end: float = 1.0,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Walk deterministically from noise to an image (or latent).
+
+    Parameters
+    ----------
+    denoiser : callable (x_t, t) -> eps
+    x_t : Tensor (B, C, H, W)
+        Noised to the first of the times.
+    times : sequence of int
+        Time steps, falling.
+    abar_end : float
+        Signal left after the last step: 1 ends at the estimate itself; latent diffusion ends at
+        the first level of its schedule.
+
+    Returns
+    -------
+    states, estimates : lists of Tensor
+        x after each step, and the clean x estimated in it.
+    """
+    states, estimates = [], []
+    for i, t in enumerate(times):
+        t = torch.full((len(x_t),), t, device=x_t.device)
+        eps = denoiser(x_t, t)
+        x0 = predict_x0(x_t, eps, schedule.at(t))
+        after = x0.new_full((1, 1, 1, 1), abar_end)
+        if i + 1 < len(times):
+            after = schedule.at(torch.full_like(t, times[i + 1]))
+        x_t = ddim_step(x0, eps, after)
+        states.append(x_t)
+        estimates.append(x0)
+    return states, estimates
 
 
 def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:

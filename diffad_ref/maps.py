@@ -7,6 +7,7 @@ products on whatever device it lies. The numbers are those of SciPy's filters.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,3 +61,36 @@ def _linear_matrix(length: int, size: int) -> Tensor:
 def clip_and_scale(maps: Tensor, limit: float) -> Tensor:
     """Cut maps at a limit, beyond which a difference is simply large, and scale them to [0, 1]."""
     return maps.clamp(0, limit) / limit
+
+
+def feature_distance(
+    features: list[Tensor],
+    others: list[Tensor],
+    size: int,
+    distance: str = "euclidean",
+    fusion: str = "sum",
+) -> Tensor:
+    """How far two images' features lie apart, level by level, as one map (B, size, size) (O3).
+
+    Parameters
+    ----------
+    features, others : list of Tensor (B, C, h, w)
+        A pyramid of each image; levels may differ in size and channels.
+    distance : "euclidean" or "cosine"
+        Over the channels of a place: the norm of the difference, or 1 - cosine similarity.
+    fusion : "sum" or "product"
+        Of the levels.
+    """
+    levels = []
+    for a, b in zip(features, others, strict=True):
+        if distance == "euclidean":
+            gap = (a - b).square().sum(1, keepdim=True).sqrt()
+        elif distance == "cosine":
+            gap = 1 - F.cosine_similarity(a, b, dim=1)[:, None]
+        else:
+            raise ValueError(f"distance is 'euclidean' or 'cosine', not {distance!r}")
+        levels.append(F.interpolate(gap, size, mode="bilinear", align_corners=True)[:, 0])
+    if fusion not in ("sum", "product"):
+        raise ValueError(f"fusion is 'sum' or 'product', not {fusion!r}")
+    stacked = torch.stack(levels)
+    return stacked.sum(0) if fusion == "sum" else stacked.prod(0)

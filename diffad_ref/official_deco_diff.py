@@ -85,15 +85,25 @@ def corrector_state(state: dict[str, Tensor], blocks: int = 2) -> dict[str, Tens
     ValueError
         A name that no such network has.
     """
-    names = {name: name for name in state if name != TABLE}
-    renamed = _converted(names, blocks)  # first the names alone, to see that none is lost
-    lost = sorted(set(names) - set(renamed.values()))
-    if lost:
-        raise ValueError(f"no U-Net of latent diffusion has {lost[:3]} ({len(lost)} such names)")
-    found = {f"unet.{ours}": state[theirs] for ours, theirs in renamed.items()}
+    unet = converted_unet({k: v for k, v in state.items() if k != TABLE}, blocks)
+    found = {f"unet.{name}": value for name, value in unet.items()}
     if TABLE in state:
         found["embedding.weight"] = state[TABLE]
     return found
+
+
+def converted_unet(state: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
+    """Rename a latent-diffusion U-Net's weights to those of diffusers' `UNet2DConditionModel`.
+
+    diffusers' converter passes over names that it does not know; here they raise ValueError.
+    """
+    renamed = convert_ldm_unet_checkpoint(
+        {LDM_UNET + name: name for name in state}, {"layers_per_block": blocks}
+    )  # first the names alone, to see that none is lost
+    lost = sorted(set(state) - set(renamed.values()))
+    if lost:
+        raise ValueError(f"no U-Net of latent diffusion has {lost[:3]} ({len(lost)} such names)")
+    return {ours: state[theirs] for ours, theirs in renamed.items()}
 
 
 def start_from_imagenet(detector: DecoDiff, path: str | os.PathLike) -> list[str]:
@@ -129,13 +139,6 @@ def start_from_imagenet(detector: DecoDiff, path: str | os.PathLike) -> list[str
         raise ValueError(f"only {len(fitting)} of {len(own)} weights in {path} fit this network")
     detector.corrector.load_state_dict(fitting, strict=False)
     return sorted(set(own) - set(fitting))
-
-
-def _converted(names: dict, blocks: int) -> dict:
-    """diffusers' renaming of a dictionary with latent-diffusion keys, whatever its values."""
-    return convert_ldm_unet_checkpoint(
-        {LDM_UNET + name: value for name, value in names.items()}, {"layers_per_block": blocks}
-    )
 
 
 def _config(state: dict[str, Tensor]) -> Config:

@@ -1,0 +1,157 @@
+"""The anomaly-masked network: a condition that cannot copy a defect.
+
+A diffusion model that starts from pure noise needs to be told which image to rebuild. Tell it too
+well, and it rebuilds the defect too. This network describes an image by features, each of which
+is made from far-away places only: attention may not look at a place's own neighbourhood, so an
+anomaly has no way to describe itself.
+
+Li et al.: *One-for-More*, CVPR 2025, arXiv 2502.19848. Formulas A1-A3.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def neighbour_mask(height: int, width: int, window: tuple[int, int] = (7, 7)) -> Tensor:
+    """What is added to the attention logits of a grid: -inf for near places, 0 for others (A1).
+
+    Parameters
+    ----------
+    height, width : int
+        Of the grid of tokens.
+    window : (int, int)
+        Rows and columns of the neighbourhood; an even number acts like the next odd one.
+
+    Returns
+    -------
+    Tensor (height * width, height * width), row by row.
+
+    Raises
+    ------
+    ValueError
+        Some place would see nothing at all: the grid is too small for the window.
+    """
+    rows, columns = torch.arange(height), torch.arange(width)
+    near_rows = (rows[:, None] - rows).abs() <= window[0] // 2  # (h, h)
+    near_columns = (columns[:, None] - columns).abs() <= window[1] // 2
+    near = near_rows[:, None, :, None] & near_columns[None, :, None, :]
+    near = near.reshape(height * width, height * width)
+    if near.all(1).any():
+        raise ValueError(
+            f"a window of {window[0]} x {window[1]} hides the whole grid of {height} x {width} "
+            "from some of its places; use a smaller window or a larger image"
+        )
+    return torch.zeros(near.shape).masked_fill(near, -math.inf)  # A1
+
+
+def sine_positions(height: int, width: int, channels: int) -> Tensor:
+    """Where a token lies, as sines and cosines (height * width, channels); rows come first."""
+    half = channels // 2
+    k = torch.arange(half)
+    wavelength = 10_000 ** (2 * (k // 2) / half)
+
+    def axis(count: int) -> Tensor:
+        place = torch.arange(1, count + 1) / (count + 1e-6) * 2 * math.pi
+        angle = place[:, None] / wavelength
+        return torch.where(k % 2 == 0, angle.sin(), angle.cos())  # (count, half)
+
+    rows = axis(height)[:, None].expand(-1, width, -1)
+    columns = axis(width)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)
+
+
+class MaskedEncoderLayer(nn.Module):
+    """One layer of a transformer encoder, normalised last, whose attention is masked.
+
+    Written out of linear layers, so that each can be watched and protected by itself.
+    """
+
+    def __init__(self, width: int, heads: int, feed_forward: int, dropout: float):
+        super().__init__()
+        self.heads, self.rate = heads, dropout
+        self.to_q, self.to_k = nn.Linear(width, width), nn.Linear(width, width)
+        self.to_v, self.to_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.linear1, self.linear2 = nn.Linear(width, feed_forward), nn.Linear(feed_forward, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens (B, N, C) to tokens; queries and keys know their positions, values do not."""
+        placed = x + positions
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
+            for part in (self.to_q(placed), self.to_k(placed), self.to_v(x))
+        )
+        rate = self.rate if self.training else 0.0
+        seen = F.scaled_dot_product_attention(q, k, v, mask, rate)
+        seen = self.to_out(seen.transpose(1, 2).flatten(2))
+        x = self.norm1(x + self.dropout(seen))
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu()))))
+
+
+class AnomalyMaskedNetwork(nn.Module):
+    """Condition features (B, width, H/8, W/8) of an image (B, 3, H, W) (A1, A2).
+
+    Parameters
+    ----------
+    width : int
+        Channels of the result: those of the U-Net's first level.
+    layers, heads, feed_forward, dropout
+        Of the transformer encoder.
+    window : (int, int) or None
+        Neighbourhood that attention may not look at; None forbids nothing.
+    channels : tuple of int
+        Of the seven convolutions before the last.
+    strides : tuple of int
+        Of the eight convolutions; their product is 8 for an autoencoder's latents.
+    """
+
+    def __init__(
+        self,
+        width: int = 320,
+        layers: int = 8,
+        heads: int = 8,
+        feed_forward: int = 1025,
+        dropout: float = 0.1,
+        window: tuple[int, int] | None = (7, 7),
+        channels: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256),
+        strides: tuple[int, ...] = (1, 1, 2, 1, 2, 1, 2, 1),
+    ):
+        super().__init__()
+        self.window = window
+        widths = (3, *channels, width)
+        stack = []
+        for inputs, outputs, stride in zip(widths[:-1], widths[1:], strides, strict=True):
+            stack += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.SiLU()]
+        self.convolutions = nn.Sequential(*stack[:-1])  # no activation after the last
+        self.encoder = nn.ModuleList(
+            MaskedEncoderLayer(width, heads, feed_forward, dropout) for _ in range(layers)
+        )
+
+    def features(self, image: Tensor) -> Tensor:
+        """What the convolutions see, before the transformer: CNN(x) of A3."""
+        return self.convolutions(image)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The condition f = AMN(x) (A2)."""
+        features = self.features(image)
+        h, w = features.shape[-2:]
+        tokens = features.flatten(2).transpose(1, 2)  # (B, hw, C)
+        positions = sine_positions(h, w, tokens.shape[-1]).to(tokens)
+        mask = None if self.window is None else neighbour_mask(h, w, self.window).to(tokens)
+        for layer in self.encoder:
+            tokens = layer(tokens, positions, mask)
+        return tokens.transpose(1, 2).unflatten(2, (h, w))
+
+
+def anomaly_masked_loss(condition: Tensor, clean_features: Tensor) -> Tensor:
+    """How far the condition is from the clean image's features, both (B, C, h, w).
+
+    Gradients flow into both, as in the released code.
+    """
+    return F.mse_loss(condition, clean_features)  # A3
