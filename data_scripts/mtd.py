@@ -25,7 +25,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffad_ref.data import read_mask
+from diffad_ref.images import read_mask
 
 CATEGORY = "magnetic_tile"
 KINDS = ("blowhole", "break", "crack", "fray", "uneven")

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 import diffad_ref
 from diffad_ref.baselines import PCA, Template
+from diffad_ref.bootstrap import intervals
 from diffad_ref.checkpoints import (
     METHODS,
     add_to_record,
@@ -93,13 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--no-reconstruction", action="store_true", help="DiffusionAD's segmentation-only ablation"
     )
-    sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change a setting of the config, value as JSON: corruption.mask_ratio=[0,0.3]",
-    )
+    _add_set(sub)
     sub.add_argument(
         "--latents", type=Path, help="DecoDiff: compute latents once, and keep them in this file"
     )
@@ -120,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("data", help=DATA)
     sub.add_argument("--categories", nargs="+", help="only these")
     sub.add_argument("--image-size", type=positive, help="pixels, for template and PCA")
+    _add_set(sub)
     sub.add_argument("--batch-size", type=positive, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
     sub.add_argument("--save", type=Path, help="write the report and its commands as JSON")
@@ -134,6 +130,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=positive, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
     return parser
+
+
+def _add_set(sub) -> None:
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting of the config, value as JSON: corruption.mask_ratio=[0,0.3]",
+    )
 
 
 def positive(text: str) -> int:
@@ -202,15 +208,20 @@ def _config(arguments):
     profile = getattr(METHODS[arguments.method].Config, arguments.profile)
     size = {"image_size": arguments.image_size} if arguments.image_size else {}
     config = profile(**size)
-    plain = json.loads(json.dumps(asdict(config)))
-    for setting in arguments.set:
-        _change(plain, setting)
-    config = from_plain(type(config), plain)
+    config = _changed(config, arguments.set)
     if not arguments.no_reconstruction:
         return config
     if not hasattr(config, "without_reconstruction"):
         raise ValueError(f"{arguments.method} is nothing without its reconstruction")
     return config.without_reconstruction()
+
+
+def _changed(config, settings: list[str]):
+    """A config with some NAME=VALUE put into it."""
+    plain = json.loads(json.dumps(asdict(config)))
+    for setting in settings:
+        _change(plain, setting)
+    return from_plain(type(config), plain)
 
 
 def _change(plain: dict, setting: str) -> None:
@@ -274,11 +285,13 @@ def _evaluate(arguments) -> None:
         data = AnomalyFolder(root, "test", size, arguments.categories)
     else:
         detector = load_checkpoint(arguments.weights).to(Accelerator().device)
+        detector.config = _changed(detector.config, arguments.set)
         trained = read_description(arguments.weights)["record"]
         root = _root(arguments.data, detector.config.image_size, 0)
         commands = [trained["command"], *commands] if "command" in trained else commands
         data = _test_data(detector.config, root, arguments.categories)
     report = evaluate(detector, data, batch_size=arguments.batch_size, seed=arguments.seed)
+    report.intervals = intervals(report)
     print(report.to_json() if arguments.json else f"{report}\n\n{report.by_kind()}")
     if arguments.save:
         entries = {"commands": commands, "versions": versions(), "report": report.to_dict()}

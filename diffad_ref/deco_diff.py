@@ -61,7 +61,7 @@ class Config:
     steps: int = 10  # T
     corruption: Corruption = field(default_factory=Corruption)
     # Correction.
-    correction_steps: int = 5  # of the T
+    times: tuple[int, ...] = (8, 6, 4, 2, 0)  # time steps of the correction: 5 of the 10
     rescale: bool = False  # fit the direction to the next noise level between steps
     # Scoring.
     fusion: str = "geometric"  # or "arithmetic", "image", "latent"
@@ -326,10 +326,8 @@ class DecoDiff(Detector):
             Class of each image, as in `self.categories`.
         steps, start : int
             Steps kept of the T, and how many of those are taken: the least noisy; default all.
-        times : sequence of int
-            The time steps themselves, falling, instead of `steps` and `start`.
-        rescale, fusion
-            As in the config.
+        times, rescale, fusion
+            Instead of the config's.
         """
         self.check(images)
         z_0 = self.encode(images.to(self.device))
@@ -350,8 +348,10 @@ class DecoDiff(Detector):
         """Latents (B, C, h, w) after each correction step; arguments as in `predict`."""
         category = self._classes(category_index, len(z))
         if times is None:
-            kept = respaced(len(self.schedule), steps or self.config.correction_steps)
-            times = kept[: start or len(kept)][::-1]
+            times = self.config.times
+            if steps is not None or start is not None:
+                kept = respaced(len(self.schedule), steps or len(times))
+                times = kept[: start or len(kept)][::-1]
         rescale = self.config.rescale if rescale is None else rescale
         return correct(
             lambda z, t: self.corrector(z, t, category), z, self.schedule, times, rescale

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import time
 import warnings
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffad_ref.checkpoints import write_text
 from diffad_ref.metrics import image_metrics, pixel_metrics
 from diffad_ref.tables import METRICS, Table
 
@@ -90,6 +90,8 @@ class Report:
     seconds_per_image : float
         Time spent in `predict`.
     seed : int
+    intervals : dict
+        95 % confidence intervals of the means, from `bootstrap.intervals`; may be empty.
     maps, masks : Tensor (N, H, W) or None
         Anomaly maps (float32) and masks (bool) on the CPU; not saved.
     """
@@ -102,6 +104,7 @@ class Report:
     seed: int = 0
     maps: Tensor | None = field(default=None, compare=False)
     masks: Tensor | None = field(default=None, compare=False)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def mean(self) -> dict:
@@ -133,7 +136,7 @@ class Report:
 
     def to_dict(self) -> dict:
         """Everything but maps and masks, in types that JSON knows."""
-        names = ("detector", "seed", "seconds_per_image", "rows", "kinds", "images")
+        names = ("detector", "seed", "seconds_per_image", "intervals", "rows", "kinds", "images")
         return {"mean": self.mean} | {name: getattr(self, name) for name in names}
 
     def to_json(self) -> str:
@@ -156,7 +159,7 @@ class Report:
             "kinds.csv": self.by_kind(METRICS).to_csv(),
         }
         for name, text in texts.items():
-            _write_whole(folder / name, text)
+            write_text(text, folder / name)
         return folder
 
     @classmethod
@@ -356,13 +359,3 @@ def _require_same_images(reports: dict[str, Report]) -> None:
     for name, count in counts.items():
         if count != counts[first]:
             raise ValueError(f"{name!r} and {first!r} were not evaluated on the same images")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write beside the target and rename, so that no reader meets half a file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

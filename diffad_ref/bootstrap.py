@@ -1,0 +1,104 @@
+"""How sure is a number? Confidence intervals of metrics, by drawing the test images again.
+
+A test set is a sample; another one of the same size would give other numbers. The bootstrap draws
+images from it with replacement, many times, and looks at how much a metric moves.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap")
+
+
+def intervals(
+    report, draws: int = 1000, level: float = 0.95, seed: int = 0, bins: int = 1000
+) -> dict[str, list[float]]:
+    """Confidence intervals of a report's means over its categories.
+
+    Good and defective images of each category are drawn again separately. Pixels are not: those
+    of one image say nearly the same.
+
+    Parameters
+    ----------
+    report : Report
+        With its maps and masks, as `evaluate` returns it.
+    draws : int
+    level : float
+        Share of the draws that lie inside.
+    seed : int
+    bins : int
+        Pixel values are sorted into bins between so many quantiles of the defective and as many
+        of the normal pixels, so that each draw costs a matrix product and no sorting.
+
+    Returns
+    -------
+    dict
+        Lowest and highest value of each metric. Metrics that are not defined are left out.
+    """
+    if report.maps is None:
+        raise ValueError("the report has no maps: they are not saved, evaluate again")
+    rng, found = np.random.default_rng(seed), {}
+    category = np.array([image["category"] for image in report.images])
+    score = np.array([image["score"] for image in report.images])
+    bad = np.array([image["label"] for image in report.images]) == 1
+    for name in sorted(set(category.tolist())):
+        mine = category == name
+        times = _draw(bad[mine], draws, rng)  # (draws, images)
+        for metric, values in _judge(
+            score[mine], bad[mine], report.maps[mine], report.masks[mine], times, bins
+        ).items():
+            found.setdefault(metric, []).append(values)
+    edges = [50 * (1 - level), 50 * (1 + level)]
+    return {
+        metric: np.percentile(np.mean(values, 0), edges).tolist()
+        for metric, values in found.items()
+    }
+
+
+def _draw(bad: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each image is in each draw (draws, images)."""
+    times = np.zeros((draws, len(bad)))
+    for group in (np.flatnonzero(bad), np.flatnonzero(~bad)):
+        if len(group):
+            times[:, group] = rng.multinomial(len(group), [1 / len(group)] * len(group), draws)
+    return times
+
+
+def _judge(score, bad, maps: Tensor, masks: Tensor, times, bins: int) -> dict[str, np.ndarray]:
+    """Metrics (draws,) of one category."""
+    found = {}
+    if bad.any() and not bad.all():
+        _, place = np.unique(score, return_inverse=True)
+        own = np.eye(place.max() + 1)[place]  # (images, places): where each image's score stands
+        areas = _areas(times @ (own * bad[:, None]), times @ (own * ~bad[:, None]))
+        found |= dict(zip(("image_auroc", "image_ap"), areas, strict=True))
+    maps, masks = maps.flatten(1).numpy(), masks.flatten(1).numpy()
+    known = ~bad | masks.any(1)  # pixel metrics leave out images whose mask is missing
+    if masks.any() and not masks.all():
+        steps = np.linspace(0, 1, bins)
+        edges = np.union1d(*(np.quantile(maps[masks == side], steps) for side in (True, False)))
+        place = np.searchsorted(edges, maps, side="right")
+        counts = [
+            np.stack(
+                [
+                    np.bincount(p[m == side], minlength=len(edges) + 1)
+                    for p, m in zip(place[known], masks[known], strict=True)
+                ]
+            )
+            for side in (True, False)
+        ]
+        areas = _areas(*(times[:, known] @ count for count in counts))
+        found |= dict(zip(("pixel_auroc", "pixel_ap"), areas, strict=True))
+    return found
+
+
+def _areas(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision from counts (draws, places), places rising."""
+    positive, negative = positive[:, ::-1], negative[:, ::-1]  # the most abnormal first
+    hits, alarms = positive.cumsum(1), negative.cumsum(1)
+    ordered = positive * (negative.sum(1, keepdims=True) - alarms + negative / 2)
+    auroc = ordered.sum(1) / (positive.sum(1) * negative.sum(1))
+    precision = hits / np.maximum(hits + alarms, 1)
+    return auroc, (positive * precision).sum(1) / positive.sum(1)
