@@ -1,8 +1,8 @@
 """Features in which two images are compared.
 
 Pixels of a reconstruction differ everywhere a little; features ask whether the same *things* are
-there. The paper takes a ResNet-50 that knows ImageNet. Where that is too large, principal components
-of patches of photographs, at several scales, do the same job in seconds.
+there. The paper takes a ResNet-50 that knows ImageNet. Where that is too large, principal
+components of patches of photographs, at several scales, do the same job in seconds.
 """
 
 from __future__ import annotations

@@ -320,7 +320,7 @@ class GradientProjectionMemory:
             basis = extend_basis(old, matrix, self.gamma, self.columns, self.reach)
             self.bases[name] = basis.to(layer.weight)
             taken[name] = (basis.shape[1], basis.shape[0])
-        self.seen = {}
+        self.seen, self._anchors = {}, {}
         full = [name for name, (rank, features) in taken.items() if rank == features]
         if full:
             warnings.warn(
@@ -329,6 +329,12 @@ class GradientProjectionMemory:
                 stacklevel=2,
             )
         return taken
+
+    def extend_by_nothing(self) -> None:
+        """An empty basis for each layer: protects nothing, but the rest can be frozen."""
+        for name, layer in self.layers.items():
+            features = layer.weight[0].numel()
+            self.bases.setdefault(name, layer.weight.detach().new_zeros(features, 0))
 
     # ----------------------------------------------------------------------------------- protect
 
@@ -342,6 +348,8 @@ class GradientProjectionMemory:
             Gradients of all other parameters: as they are; gone, so that an optimiser leaves the
             parameters alone; or 0, as released, with which weight decay still moves them.
         """
+        if rest not in ("keep", "freeze", "zero"):
+            raise ValueError(f"rest is 'keep', 'freeze' or 'zero', not {rest!r}")
         if not self.bases:
             return
         for name, basis in self.bases.items():
@@ -378,6 +386,8 @@ class GradientProjectionMemory:
     ) -> None:
         """From now on, project what goes into an optimiser's step and, with `updates`, the step.
 
+        W M is held as it is now, unless `hold` has been called since the last `extend`.
+
         Parameters
         ----------
         rest
@@ -385,14 +395,15 @@ class GradientProjectionMemory:
         """
         optimizer.register_step_pre_hook(lambda *_: self.project_gradients(rest))
         if updates:
-            self.hold()
+            if not self._anchors:
+                self.hold()
             optimizer.register_step_post_hook(lambda *_: self.project_updates())
 
     # ------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The basis of each layer, by its name."""
-        return dict(self.bases)
+        """The basis of each layer, by its name, on the CPU."""
+        return {name: basis.cpu().contiguous() for name, basis in self.bases.items()}
 
     def load_state_dict(self, bases: dict[str, Tensor]) -> None:
         """Take over the bases of a network of the same layers; ValueError for another."""
@@ -407,6 +418,7 @@ class GradientProjectionMemory:
                     f"has {features} features"
                 )
         self.bases = {k: v.to(self.layers[k].weight) for k, v in bases.items()}
+        self._anchors = {}
 
 
 def _together(matrix: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +54,7 @@ def fit(
     num_workers: int = 0,
     cpu: bool = False,
     progress: bool = True,
+    on_optimizer: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> History:
     """Train a detector by the stages of its config.
 
@@ -83,6 +84,9 @@ def fit(
         Processes that load images; 0 is right for notebooks and for small images.
     cpu : bool
         Stay on the CPU even where there is a GPU.
+    on_optimizer : callable, optional
+        Gets the optimiser of each stage before its first step, to attach hooks, such as those of
+        `GradientProjectionMemory.protect`.
 
     Returns
     -------
@@ -120,6 +124,8 @@ def fit(
             groups = detector.parameter_groups()
             optimizer = OPTIMIZERS[stage.optimizer](groups, weight_decay=stage.weight_decay)
             run.begin(number, optimizer, ema)
+            if on_optimizer is not None:
+                on_optimizer(optimizer)
             model = accelerator.prepare_model(detector)
             optimizer = accelerator.prepare_optimizer(optimizer)
             batches = iter(

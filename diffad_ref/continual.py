@@ -1,0 +1,277 @@
+"""Learning products one after the other, without keeping images of the old ones.
+
+After each task the detector runs over its training images once more, the way it will at inference,
+and what its layers see becomes part of a memory. The next task may then only move weights in
+directions that the old inputs do not feel. How much is forgotten is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from diffad_ref.checkpoints import load_weights, read_tensors, write_tensors, write_text
+from diffad_ref.data import AnomalyFolder
+from diffad_ref.detector import Detector
+from diffad_ref.evaluation import batch_generator, evaluate
+from diffad_ref.gradient_projection import GradientProjectionMemory
+from diffad_ref.tables import Table
+from diffad_ref.training import fit
+
+# ----------------------------------------------------------------------------------------- tasks
+
+_MVTEC = (
+    *("bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut"),
+    *("pill", "screw", "tile", "toothbrush", "transistor", "wood", "zipper"),
+)
+_MVTEC_LATE = ("tile", "toothbrush", "transistor", "wood", "zipper")
+_MVTEC_EARLY = tuple(name for name in _MVTEC if name not in _MVTEC_LATE)
+_VISA = (
+    *("candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2"),
+    *("pcb1", "pcb2", "pcb3", "pcb4", "pipe_fryum"),
+)
+
+# The settings of the paper: which classes come in which task.
+ORDERS = {
+    "mvtec 14-1": (_MVTEC[:-1], _MVTEC[-1:]),
+    "mvtec 10-5": (_MVTEC_EARLY, _MVTEC_LATE),
+    "mvtec 3x5": tuple(_MVTEC[i : i + 3] for i in range(0, 15, 3)),
+    "mvtec 10-1x5": (_MVTEC_EARLY, *((name,) for name in _MVTEC_LATE)),
+    "visa 11-1": (_VISA[:-1], _VISA[-1:]),
+    "visa 8-4": (_VISA[:8], _VISA[8:]),
+    "visa 8-1x4": (_VISA[:8], *((name,) for name in _VISA[8:])),
+    "toy": (("board", "brick"), ("capsule", "grass"), ("gear", "gravel")),
+}
+
+
+def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
+    """Refuse tasks that are empty or share a category."""
+    if not tasks or not all(tasks):
+        raise ValueError("every task needs at least one category")
+    seen: set[str] = set()
+    for task in tasks:
+        if shared := sorted(seen & set(task)):
+            raise ValueError(f"categories in more than one task: {', '.join(shared)}")
+        seen |= set(task)
+
+
+# -------------------------------------------------------------------------------------- measures
+
+
+@dataclass
+class Continual:
+    """What a detector could do after each task.
+
+    Attributes
+    ----------
+    tasks : list of list of str
+        Categories in the order in which they were learned.
+    rows : list of dict
+        One for each task (from 0) and each category seen by then: its metrics and "loss", the
+        training loss on test images without a defect.
+    taken : list of dict
+        After each task, for each layer: directions in memory, and directions there are.
+    """
+
+    tasks: list[list[str]]
+    rows: list[dict] = field(default_factory=list)
+    taken: list[dict] = field(default_factory=list)
+
+    def values(self, metric: str, category: str) -> list[float]:
+        """A metric of a category after each task, from the one in which it was learned."""
+        return [row[metric] for row in self.rows if row["category"] == category]
+
+    def a_metric(self, metric: str) -> float:
+        """Mean over all categories after the last task (E1)."""
+        last = [row[metric] for row in self.rows if row["task"] == len(self.tasks) - 1]
+        return math.fsum(last) / len(last)
+
+    def forgetting(self, metric: str) -> float:
+        """Mean loss of a metric over the categories learned before the last task (E2).
+
+        Best value in any earlier task, less the value after the last; for "loss", where small is
+        good, the other way round. Negative if later tasks helped.
+        """
+        sign = -1 if metric == "loss" else 1
+        drops = []
+        for category in sum(self.tasks[:-1], []):
+            *earlier, last = self.values(metric, category)
+            drops.append(max(sign * value for value in earlier) - sign * last)
+        if not drops:
+            raise ValueError("forgetting needs at least two tasks")
+        return math.fsum(drops) / len(drops)
+
+    def plasticity(self, metric: str) -> float:
+        """Mean over the categories of each task but the first, right after it was learned."""
+        values = [self.values(metric, category)[0] for task in self.tasks[1:] for category in task]
+        return math.fsum(values) / len(values)
+
+    def table(self, metric: str = "image_auroc") -> Table:
+        """One row a category, one column a task."""
+        columns = [f"after task {k + 1}" for k in range(len(self.tasks))]
+        rows = []
+        for k, task in enumerate(self.tasks):
+            for category in task:
+                values = self.values(metric, category)
+                row = dict.fromkeys(columns) | dict(zip(columns[k:], values, strict=False))
+                rows.append({"category": category} | row)
+        return Table(("category", *columns), rows)
+
+    def to_dict(self) -> dict:
+        """Everything, in types that JSON knows."""
+        return {"tasks": self.tasks, "rows": self.rows, "taken": self.taken}
+
+
+@torch.no_grad()
+def held_out_loss(detector: Detector, data: AnomalyFolder, seed: int = 0) -> float:
+    """Mean training loss on images that were not trained on, the same noise each time."""
+    losses, detector = [], detector.eval()
+    for number, batch in enumerate(DataLoader(data, batch_size=16)):
+        batch = {k: v.to(detector.device) if hasattr(v, "to") else v for k, v in batch.items()}
+        loss = detector.training_loss(batch, batch_generator(detector.device, seed, number))
+        losses += [loss["noise" if "noise" in loss else "loss"].item()] * len(batch["image"])
+    return math.fsum(losses) / len(losses)
+
+
+# ------------------------------------------------------------------------------------------ loop
+
+PROTECTIONS = {
+    "none": "fine-tune on each task, as if the others had never been",
+    "frozen": "train only convolutions and linear layers after the first task",
+    "gradient": "project gradients on what old tasks do not need; freeze all else",
+    "update": "project gradients and the optimiser's steps; freeze all else",
+}
+
+
+def fit_continual(
+    detector: Detector,
+    root: str | os.PathLike,
+    tasks: Sequence[Sequence[str]],
+    out: str | os.PathLike,
+    *,
+    protection: str = "update",
+    gamma: float = 0.97,
+    energy: float = 0.999,
+    every: int = 1,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options,
+) -> Continual:
+    """Train a detector on tasks one after the other, and judge it after each.
+
+    Parameters
+    ----------
+    detector : Detector
+        Trained in place.
+    root : path
+        Data in the MVTec layout.
+    tasks : sequence of sequences of categories
+        Such as `ORDERS["mvtec 10-5"]`.
+    out : path
+        Folder for the state after each task. A run that was interrupted, between tasks or inside
+        one, goes on from there.
+    protection : str
+        One of `PROTECTIONS`.
+    gamma, energy
+        Of the `GradientProjectionMemory`.
+    every : int
+        Gather over every so-manyth training image; released: 10.
+    batch_size, steps, seed, progress, options
+        As for `fit`, for each task.
+
+    Returns
+    -------
+    Continual
+
+    Raises
+    ------
+    ValueError
+        Tasks are empty or share a category, or as for `fit`.
+    """
+    check_tasks(tasks)
+    if protection not in PROTECTIONS:
+        raise ValueError(f"protection is one of {', '.join(PROTECTIONS)}, not {protection!r}")
+    out, size = Path(out), detector.config.image_size
+    result = Continual([list(task) for task in tasks])
+    detector.prepare(None)
+    detector.enter(detector.stages[-1])
+    memory = GradientProjectionMemory(detector, gamma=gamma, energy=energy)
+
+    def guard(optimizer):
+        if protection != "none":
+            memory.protect(optimizer, updates=protection == "update", rest="freeze")
+
+    for number, task in enumerate(tasks):
+        folder = out / f"task_{number + 1}"
+        train = AnomalyFolder(root, "train", size, task)
+        if not (folder / "result.json").exists():
+            if number and protection == "update":
+                memory.hold()
+            fit(
+                detector,
+                train,
+                steps,
+                batch_size,
+                out=folder,
+                seed=seed + number,
+                progress=progress,
+                on_optimizer=guard if number else None,
+                **options,
+            )
+            detector.categories = tuple(sum(map(list, tasks[: number + 1]), []))
+            taken = {}
+            if protection in ("gradient", "update"):
+                gather(detector, memory, train, every, progress)
+                taken = memory.extend()
+            elif protection == "frozen":
+                memory.extend_by_nothing()
+            rows = [
+                {"task": number} | row
+                for row in judge(detector, root, detector.categories, progress)
+            ]
+            state = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
+            write_tensors(state, folder / "weights.safetensors")
+            write_tensors(memory.state_dict(), folder / "memory.safetensors")
+            write_text(json.dumps({"rows": rows, "taken": taken}), folder / "result.json")
+        load_weights(detector, read_tensors(folder / "weights.safetensors"), folder)
+        memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
+        done = json.loads((folder / "result.json").read_text("utf-8"))
+        result.rows += done["rows"]
+        result.taken.append(done["taken"])
+    return result
+
+
+@torch.no_grad()
+def gather(
+    detector: Detector, memory, data: AnomalyFolder, every: int = 1, progress: bool = True
+) -> None:
+    """Run a detector over a task's images as at inference, and let the memory watch."""
+    chosen = torch.utils.data.Subset(data, range(0, len(data), every))
+    detector.eval()
+    with memory.gather():
+        batches = tqdm(DataLoader(chosen, 16), "gather", disable=not progress)
+        for number, batch in enumerate(batches):
+            generator = batch_generator(detector.device, 0, number)
+            detector.predict(batch["image"], batch["category_index"], generator=generator)
+            memory.compress()
+
+
+def judge(detector: Detector, root, categories: Sequence[str], progress: bool = True) -> list:
+    """Metrics and loss of each category, on its test images."""
+    rows = []
+    for category in categories:
+        test = AnomalyFolder(root, "test", detector.config.image_size, [category])
+        report = evaluate(detector, test, progress=progress)
+        test.samples = [sample for sample in test.samples if sample.kind == "good"]
+        rows.append(report.rows[0] | {"loss": held_out_loss(detector, test)})
+    return rows
