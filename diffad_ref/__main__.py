@@ -221,7 +221,10 @@ def _changed(config, settings: list[str]):
     plain = json.loads(json.dumps(asdict(config)))
     for setting in settings:
         _change(plain, setting)
-    return from_plain(type(config), plain)
+    try:
+        return from_plain(type(config), plain)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--set {' '.join(settings)}: {error}") from error
 
 
 def _change(plain: dict, setting: str) -> None:

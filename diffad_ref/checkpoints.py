@@ -211,4 +211,7 @@ def from_plain(kind: type, value: object):
     if origin in (typing.Union, types.UnionType):
         present = [k for k in args if k is not type(None)]
         return None if value is None else from_plain(present[0], value)
+    fitting = {bool: [bool], int: [int], float: [int, float], str: [str]}
+    if kind in fitting and type(value) not in fitting[kind]:
+        raise ValueError(f"expected {kind.__name__}, got {value!r}")
     return value

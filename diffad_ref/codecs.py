@@ -120,7 +120,7 @@ class PatchPCA(Codec):
         values, vectors = torch.linalg.eigh(square / count - mean.outer(mean))
         values = values.flip(0)[: self.config.channels].clamp(min=1e-8)
         vectors = vectors.flip(1)[:, : self.config.channels].T
-        vectors = vectors * vectors.sum(1, keepdim=True).sign()  # a sign is arbitrary: fix it
+        vectors[vectors.sum(1) < 0] *= -1  # a sign is arbitrary: fix it
         spread = values ** (self.config.equalise / 2)
         self.mean.copy_(mean)
         self.components.copy_(vectors)
@@ -140,6 +140,8 @@ class PatchPCA(Codec):
 
     def _cut(self, x: Tensor) -> Tensor:
         """Patches as channels: (B, 3f², H/f, W/f)."""
+        for side in x.shape[-2:]:
+            self.check(side)
         return F.pixel_unshuffle(x, self.config.factor)
 
     def _check_ready(self) -> None:
@@ -175,6 +177,8 @@ class KLCodec(Codec):
         ------
         FileNotFoundError
             A folder that lacks `config.json` or the weights, or a name that cannot be reached.
+        ValueError
+            Some weights are missing, or the autoencoder is built in another way.
         """
         folder = Path(name)
         if folder.is_dir() or folder.is_absolute():
@@ -201,7 +205,10 @@ class KLCodec(Codec):
                 scale=settings.scaling_factor,
             )
         )
-        codec.vae.load_state_dict(vae.state_dict())
+        try:
+            codec.vae.load_state_dict(vae.state_dict())
+        except RuntimeError as error:  # weights are missing, or it is built in another way
+            raise ValueError(f"{str(name)!r} is no autoencoder of this kind: {error}") from error
         codec.ready.fill_(True)
         return codec
 

@@ -196,6 +196,9 @@ def correct(
     list of Tensor (B, C, h, w)
         The latents after every step; the last is the corrected one.
     """
+    falling = [len(schedule), *times, -1]
+    if not times or falling != sorted(set(falling), reverse=True):
+        raise ValueError(f"time steps must fall, from {len(schedule) - 1} at most, not {times}")
     states = []
     abars = [*schedule.abar[list(times)].tolist(), 1.0]  # no deviation is left at the end
     for t, abar, abar_prev in zip(times, abars, abars[1:], strict=False):

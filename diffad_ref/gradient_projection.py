@@ -4,8 +4,7 @@ A layer multiplies its input by a matrix W. If the inputs of old tasks lie in a 
 change of W that is orthogonal to it leaves W x as it was for every old x. So we keep a basis M of
 that subspace for each layer, and take out of every later step what lies in it (G4, G5).
 
-Diffusion models run a layer at every step of every sample, and the matrix of its inputs becomes
-huge. The iterative SVD (G6) reads it in chunks and keeps one basis.
+What a layer sees is collected by an iterative SVD (`iterative_svd.py`).
 
 Saha, Garg, Roy: *Gradient Projection Memory*, ICLR 2021, arXiv 2103.09762; Li et al.:
 *One-for-More*, CVPR 2025, arXiv 2502.19848. Nothing here knows what the network is for.
@@ -20,6 +19,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from diffad_ref.iterative_svd import IterativeSVD, left_singular, rank_below, rank_reaching
 
 # -------------------------------------------------------------------------------- representations
 
@@ -47,104 +48,6 @@ def representation(layer: nn.Module, x: Tensor) -> Tensor:
 def supported(layer: nn.Module) -> bool:
     """Whether a layer is one that can be protected: Linear, or Conv2d with groups = 1."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-
-
-# ---------------------------------------------------------------------------------- iterative SVD
-
-
-def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (m, k) and values (k,) of a matrix (m, n), k = min(m, n)."""
-    if matrix.shape[1] > matrix.shape[0]:  # the same vectors, from a small square matrix
-        matrix = torch.linalg.qr(matrix.T, mode="r").R.T
-    vectors, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return vectors, values
-
-
-def rank_reaching(
-    squares: Tensor, wanted: float, total: Tensor | float, covered: Tensor | float = 0.0
-) -> int:
-    """Smallest k for which `covered` and the k largest squares reach `wanted` of `total` (G1, G3).
-
-    Parameters
-    ----------
-    squares : Tensor (K,)
-        Squared singular values, falling.
-    wanted : float
-        Share of the energy, gamma.
-    """
-    reached = covered + torch.cumsum(squares, 0)
-    missing = wanted * total * (1 - 1e-12)  # rounding must not cost a direction
-    return 0 if covered >= missing else min(len(squares), int((reached < missing).sum()) + 1)
-
-
-def rank_below(squares: Tensor, wanted: float, total: Tensor | float) -> int:
-    """How many leading squares have a running share *below* `wanted`: the released rule.
-
-    One fewer than `rank_reaching`, so the kept energy falls short of what was wanted.
-    """
-    return int((torch.cumsum(squares, 0) / total < wanted).sum())
-
-
-class IterativeSVD:
-    """Left singular vectors of a matrix that arrives in chunks of columns (G6).
-
-    Parameters
-    ----------
-    energy : float
-        gamma_0: share of the squared singular values of all that was seen that is kept.
-    keep_values : bool
-        Whether the basis re-enters with its singular values, as it must to stand for the chunks
-        it came from. Without them, as released, it enters with unit weight, and a large chunk
-        can push all of it out.
-    reach : bool
-        Whether the kept energy reaches `energy` (`rank_reaching`); False is the released rule,
-        which keeps at least one vector but loses one direction at every call.
-
-    Attributes
-    ----------
-    basis : Tensor (features, r) or None
-        Orthonormal columns, float64.
-    values : Tensor (r,)
-        Their singular values; ones without `keep_values`.
-    samples : int
-        Columns seen.
-    """
-
-    def __init__(self, energy: float = 0.999, keep_values: bool = True, reach: bool = True):
-        if not 0 < energy <= 1:
-            raise ValueError(f"energy must lie in (0, 1], not {energy}")
-        self.energy, self.keep_values, self.reach = energy, keep_values, reach
-        self.basis: Tensor | None = None
-        self.values = torch.zeros(0, dtype=torch.float64)
-        self.total = 0.0  # energy of everything seen
-        self.samples = 0
-
-    @torch.no_grad()
-    def update(self, chunk: Tensor) -> Tensor:
-        """Take in a chunk (features, samples); returns the singular values before the cut."""
-        if not torch.isfinite(chunk).all():
-            raise ValueError("the representations hold NaN or infinite values")
-        chunk = chunk.double()
-        self.samples += chunk.shape[1]
-        stacked = chunk if self.basis is None else torch.cat([self.matrix, chunk], 1)
-        vectors, values = left_singular(stacked)
-        squares = values.square()
-        if self.keep_values:
-            self.total += chunk.square().sum()
-        else:
-            self.total = squares.sum()
-        if self.reach:
-            rank = rank_reaching(squares, self.energy, self.total)
-        else:
-            rank = max(1, rank_below(squares, self.energy, self.total))
-        self.basis = vectors[:, :rank]
-        self.values = values[:rank] if self.keep_values else torch.ones_like(values[:rank])
-        return values
-
-    @property
-    def matrix(self) -> Tensor:
-        """A matrix (features, r) with the same left singular vectors as all that was seen."""
-        return self.basis * self.values.to(self.basis.device)
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -429,3 +332,52 @@ def _together(matrix: Tensor) -> Tensor:
     parts = [None] * state.get_world_size()
     state.all_gather_object(parts, matrix.cpu())
     return torch.cat(parts, 1).to(matrix.device)
+
+
+def memory_bill(
+    layers: dict[str, nn.Module], run: Callable[[], object], images: int, itemsize: int = 4
+) -> list[dict]:
+    """What a plain and an iterative SVD have to hold, layer by layer.
+
+    Nothing is computed beyond the run itself, which may be on the meta device: a network of any
+    size can be asked on any machine.
+
+    Parameters
+    ----------
+    layers : dict
+        The layers to watch, by name; such as `GradientProjectionMemory.layers`.
+    run : callable
+        Sends one image through the network, as at inference.
+    images : int
+        Images of a task.
+    itemsize : int
+        Bytes a number.
+
+    Returns
+    -------
+    list of dict
+        For each layer its features, the columns that one image gives, and the bytes of the whole
+        matrix ("plain") and of one image's chunk with the basis before it ("iterative").
+    """
+    columns = dict.fromkeys(layers, 0)
+
+    def counter(name: str):
+        def count(layer, inputs, output):
+            columns[name] += output.numel() // layer.weight.shape[0]
+
+        return count
+
+    hooks = [layer.register_forward_hook(counter(name)) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    bill = []
+    for name, layer in layers.items():
+        features, chunk = layer.weight[0].numel(), columns[name]
+        held = chunk + min(features, chunk * images)
+        row = {"layer": name, "features": features, "columns": chunk}
+        row["plain"] = features * chunk * images * itemsize
+        bill.append(row | {"iterative": features * min(held, chunk * images) * itemsize})
+    return bill

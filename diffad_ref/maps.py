@@ -51,7 +51,7 @@ def _linear_matrix(length: int, size: int) -> Tensor:
     place = (torch.arange(size, dtype=torch.float64) + 0.5) * length / size - 0.5
     last = max(length - 1, 0)
     place = last - (last - place.abs()).abs()  # mirrored about the first and the last centre
-    below = place.floor().clamp(max=max(last - 1, 0)).long()
+    below = place.floor().clamp(0, max(last - 1, 0)).long()
     share = (place - below)[:, None]
     matrix = torch.zeros(size, length, dtype=torch.float64)
     matrix.scatter_(1, below[:, None], 1 - share)

@@ -124,15 +124,19 @@ def start_from_imagenet(detector: DecoDiff, path: str | os.PathLike) -> list[str
         The file holds no such network, or hardly any of its weights fit.
     """
     content = read_foreign(path)
-    state = content.get("state_dict", content)
+    if "state_dict" in content:
+        content = weights_under(content, "state_dict", path)
     state = {
         name.removeprefix(LDM_UNET): value
-        for name, value in state.items()
-        if isinstance(name, str) and name.startswith(LDM_UNET)
+        for name, value in content.items()
+        if isinstance(name, str) and name.startswith(LDM_UNET) and isinstance(value, Tensor)
     }
     if not state:
         raise ValueError(f"{path} has no weights whose names begin with {LDM_UNET!r}")
-    found = corrector_state(state, detector.config.blocks)
+    try:
+        found = corrector_state(state, detector.config.blocks)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} holds no network of latent diffusion: {error}") from error
     own = detector.corrector.state_dict()
     fitting = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
     if len(fitting) < len(own) / 2:

@@ -12,11 +12,10 @@ from torch import nn
 
 from diffad_ref.gradient_projection import (
     GradientProjectionMemory,
-    IterativeSVD,
     extend_basis,
-    left_singular,
     representation,
 )
+from diffad_ref.iterative_svd import IterativeSVD, left_singular
 
 pytestmark = pytest.mark.golden
 
