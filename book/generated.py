@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffad_ref.evaluation import Report, compare, compare_kinds
+from diffad_ref.tables import HEADERS
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
@@ -106,3 +107,25 @@ def result_tables(records: Path, names: dict[str, str]) -> str:
         parts.append(f"By category, {best}:\n\n{reports[best].table()}\n")
         parts.append("Made by\n\n```bash\n" + "\n".join(dict.fromkeys(commands)) + "\n```\n")
     return "\n".join(parts)
+
+
+def interval_table(records: Path) -> str:
+    """Variants of one method, with 95 % confidence intervals, from what `evaluate --save` wrote.
+
+    Parameters
+    ----------
+    records : Path
+        Folder with a JSON file for each variant; names sort them, up to the first "-".
+    """
+    rows, commands = [], []
+    for path in sorted(records.glob("*.json")):
+        record = json.loads(path.read_text())
+        mean, intervals = record["report"]["mean"], record["report"]["intervals"]
+        row = {"Variant": path.stem.partition("-")[2].replace("_", " ")}
+        for metric in ("image_auroc", "pixel_auroc", "pixel_ap"):
+            low, high = (100 * value for value in intervals[metric])
+            row[HEADERS[metric]] = f"{100 * mean[metric]:.1f} ({low:.1f}–{high:.1f})"
+        rows.append(row)
+        commands += record["commands"]
+    listing = "\n".join(dict.fromkeys(commands))
+    return f"{markdown_table(rows)}\nMade by\n\n```bash\n{listing}\n```\n"

@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from check_pages import problems
-from generated import notebook_table, result_tables, status_page
+from generated import interval_table, notebook_table, result_tables, status_page
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -118,6 +118,8 @@ def stage(notebooks: list[Path]) -> None:
     generated.mkdir()
     (generated / "notebooks.md").write_text(notebook_table(notebooks, record, repository))
     (generated / "results.md").write_text(result_tables(ROOT / "book" / "records", DATA_SETS))
+    ablations = interval_table(ROOT / "book" / "records" / "deco_diff_ablations")
+    (generated / "deco_diff_ablations.md").write_text(ablations)
     (SOURCE / "book" / "status.md").write_text(status_page(notebooks, record))
 
 

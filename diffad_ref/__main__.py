@@ -271,11 +271,13 @@ def _refuse(arguments, *names: str) -> None:
             raise ValueError(f"--{name} is not for {arguments.method}")
 
 
-def _test_data(config, root: Path, categories=None) -> AnomalyFolder:
-    """Test images as a detector's config wants them."""
+def _view(config) -> dict:
+    """How a detector's config wants to see an image: resized, and perhaps its middle only."""
     resize = getattr(config, "resize", config.image_size)
-    crop = config.image_size if resize != config.image_size else None
-    return AnomalyFolder(root, "test", resize, categories, crop=crop)
+    return {
+        "image_size": resize,
+        "crop": config.image_size if resize != config.image_size else None,
+    }
 
 
 def _evaluate(arguments) -> None:
@@ -292,7 +294,9 @@ def _evaluate(arguments) -> None:
         trained = read_description(arguments.weights)["record"]
         root = _root(arguments.data, detector.config.image_size, 0)
         commands = [trained["command"], *commands] if "command" in trained else commands
-        data = _test_data(detector.config, root, arguments.categories)
+        data = AnomalyFolder(
+            root, "test", categories=arguments.categories, **_view(detector.config)
+        )
     report = evaluate(detector, data, batch_size=arguments.batch_size, seed=arguments.seed)
     report.intervals = intervals(report)
     print(report.to_json() if arguments.json else f"{report}\n\n{report.by_kind()}")
@@ -310,7 +314,7 @@ def _predict(arguments) -> None:
     image = arguments.images if arguments.images.is_file() else None
     folder = image.parent if image else arguments.images
     source = {"good": folder} if image else {"test": folder}  # an image alone has no kind
-    data = AnomalyFolder.from_folders(**source, image_size=detector.config.image_size)
+    data = AnomalyFolder.from_folders(**source, **_view(detector.config))
     category = _category(detector, arguments.category)
     if image:
         data.samples = [sample for sample in data.samples if sample.path == image]

@@ -145,6 +145,7 @@ class AnomalyFolder(Dataset):
         image_size: int | tuple[int, int] | None = 64,
         category: str = "images",
         cache: bool = True,
+        crop: int | None = None,
     ) -> AnomalyFolder:
         """Read one plain folder of images, without a layout and without masks.
 
@@ -166,7 +167,7 @@ class AnomalyFolder(Dataset):
         self.root = Path(test if good is None else good)
         self.categories = [category]
         read, split = (_read_test, "test") if good is None else (_read_good, "train")
-        self._fill(split, read(self.root, category), image_size, cache)
+        self._fill(split, read(self.root, category), image_size, cache, crop)
         return self
 
     def _fill(self, split, samples, image_size, cache, crop=None) -> None:

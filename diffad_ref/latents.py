@@ -62,7 +62,7 @@ class CachedLatents(Dataset):
                 )
         else:
             posteriors = _posteriors(dataset, codec, batch_size, progress)
-            write_tensors({"posterior": posteriors}, self.path, wanted)
+            write_tensors({"posterior": posteriors.contiguous()}, self.path, wanted)
         self.posteriors = read_tensors(self.path)["posterior"]
 
     def __len__(self) -> int:

@@ -1,15 +1,17 @@
-"""How the released codes compute AUPRO, to compare their numbers like with like.
+"""How the released codes compute their metrics, to compare numbers like with like.
 
-`metrics.aupro` is what the name promises. These are not: each says what it does differently.
+`metrics` holds what the names promise. These are not: each says what it does differently.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from scipy.integrate import trapezoid
 
-from diffad_ref.metrics import EIGHT_NEIGHBOURS, as_images, paired_maps
+from diffad_ref.metrics import EIGHT_NEIGHBOURS, Ranking, as_images, paired_maps
 
 # ------------------------------------------------------------------------------------ DiffusionAD
 
@@ -110,6 +112,96 @@ def _regions(maps: np.ndarray, masks: np.ndarray):
         regions, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
         for number in range(1, count + 1):
             yield values[regions == number]
+
+
+# ---------------------------------------------------------------------------------- One-for-More
+
+POOLED = (8,) * 8  # averages that come before the image score
+
+
+def metrics_one_for_more(maps, masks) -> dict[str, float]:
+    """Judge the maps of one category as the released evaluation of One-for-More does.
+
+    Any mask value above 0 counts as a defect, of a resized mask also the faintest. An AUROC below
+    0.5 is replaced by 1 minus itself, so a detector that is wrong throughout looks right. And the
+    image score of AP and F1 is another one than that of the AUROC, see `pooled_score`.
+
+    Parameters
+    ----------
+    maps : Tensor or array (N, H, W) or (N, 1, H, W), at least 58 pixels high and wide
+    masks : Tensor or array of the same size
+
+    Returns
+    -------
+    dict with the released names. AUROC of images by their "max", "mean" and "std", and of
+    "pixel"; AP "apsp" and "appx", best F1 "f1sp" and "f1px", area under the precision-recall
+    curve "auprsp" and "auprpx", each of images and of pixels; AUPRO "pro" as for DeCo-Diff.
+
+    Raises
+    ------
+    ValueError
+        Too small maps, and what `pro_curve_diffusion_ad` raises.
+    """
+    maps, masks = paired_maps(maps, as_images(masks) > 0)
+    labels = masks.any((1, 2))
+    images, pixels = Ranking.of(pooled_score(maps), labels), Ranking.of(maps, masks)
+    return {
+        "max": folded_auroc(maps.max((1, 2)), labels),
+        "mean": folded_auroc(maps.mean((1, 2)), labels),
+        "std": folded_auroc(maps.std((1, 2)), labels),
+        "pixel": folded_auroc(maps, masks),
+        "pro": aupro_deco_diff(maps, masks),
+        "apsp": images.average_precision(),
+        "appx": pixels.average_precision(),
+        "f1sp": images.f1max(),
+        "f1px": pixels.f1max(),
+        "auprsp": sampled_aupr(pooled_score(maps, (*POOLED, 2)), labels),
+        "auprpx": sampled_aupr(maps, masks),
+    }
+
+
+def pooled_score(maps, sizes: tuple[int, ...] = POOLED) -> np.ndarray:
+    """Score images by the maximum of their maps, averaged over and over without a border.
+
+    Parameters
+    ----------
+    maps : array (N, H, W)
+    sizes : tuple of int
+        Pixels, in height and in width, of each average.
+
+    Returns
+    -------
+    array (N,)
+    """
+    pooled = torch.as_tensor(maps)[:, None]
+    smallest = 1 + sum(size - 1 for size in sizes)
+    if min(pooled.shape[-2:]) < smallest:
+        raise ValueError(f"maps must have {smallest} x {smallest} pixels or more to be averaged")
+    for size in sizes:
+        pooled = F.avg_pool2d(pooled, size, stride=1)
+    return pooled.flatten(1).amax(1).numpy()
+
+
+def folded_auroc(scores, labels) -> float:
+    """AUROC, or 1 minus it where that is larger."""
+    auroc = Ranking.of(scores, labels).auroc()
+    return max(auroc, 1 - auroc)
+
+
+def sampled_aupr(scores, labels, steps: int = 200) -> float:
+    """Area under the precision-recall curve, by trapezia, rounded to 4 digits.
+
+    What lies *above* a threshold is found. There are `steps` thresholds in equal distances from
+    the largest score of a defect to the smallest, one that finds nothing, with precision 1, and
+    one that finds everything.
+    """
+    scores, labels = np.ravel(scores), np.ravel(labels).astype(bool)
+    defects = np.sort(scores[labels])
+    thresholds = [np.inf, *np.linspace(defects[-1], defects[0], steps), -np.inf]
+    hits = _share_above(defects, thresholds) * defects.size
+    found = _share_above(scores, thresholds) * scores.size
+    precision = np.divide(hits, found, out=np.ones_like(hits), where=found > 0)
+    return round(float(trapezoid(precision, hits / defects.size)), 4)
 
 
 # ------------------------------------------------------------------------------------------ both

@@ -83,11 +83,14 @@ def test_tests_that_a_page_names_exist(page):
         assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
 
 
-@pytest.mark.parametrize("number", range(1, 13))
+FORMULAS = [f"D{n}" for n in range(1, 13)] + [f"C{n}" for n in range(1, 11)]
+
+
+@pytest.mark.parametrize("number", FORMULAS)
 def test_each_formula_stands_in_the_index_and_beside_its_line_of_code(number):
     code = "".join(path.read_text() for path in (ROOT / "diffad_ref").glob("*.py"))
-    assert re.search(rf"# .*\bD{number}\b", code)
-    assert rf"\tag{{D{number}}}" in (ROOT / "book/equation_index.md").read_text()
+    assert re.search(rf"# .*\b{number}\b", code)
+    assert rf"\tag{{{number}}}" in (ROOT / "book/equation_index.md").read_text()
 
 
 def test_commands_in_the_readme_are_targets_of_the_makefile():
