@@ -118,7 +118,7 @@ class Config:
             corruption=Corruption.of_side(image_size // codec.factor),
             image_sigma=1.0,
             latent_sigma=0.5,
-            latent_clip=0.5,
+            latent_clip=0.3,
             stages=(
                 Stage(
                     "correction",
