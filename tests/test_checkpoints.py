@@ -194,7 +194,7 @@ def test_description_that_makes_no_detector_is_named(saved, change):
         load_checkpoint(saved)
 
 
-@pytest.mark.parametrize("method", ["DecoDiff", ["DiffusionAD"], None])
+@pytest.mark.parametrize("method", ["PatchCore", ["DiffusionAD"], None])
 def test_unknown_method_is_named_with_the_known_ones(saved, method):
     write_text(
         json.dumps({**read_description(saved), "method": method}), saved.with_suffix(".json")

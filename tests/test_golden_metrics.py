@@ -1,13 +1,18 @@
-"""Golden cases 1f (image score), 1h and 2g (the released AUPROs of DiffusionAD and DeCo-Diff)."""
+"""Golden cases 1f (image score), 1h, 2g and 3i (what the released evaluations compute)."""
+
+import json
 
 import numpy as np
 import pytest
-from golden_files import arrays
+from golden_files import FOLDER, arrays
 
 from diffad_ref.metrics import image_metrics, pixel_metrics, top_k_mean
 from diffad_ref.protocols import (
+    POOLED,
     aupro_deco_diff,
     aupro_diffusion_ad,
+    metrics_one_for_more,
+    pooled_score,
     pro_curve_deco_diff,
     pro_curve_diffusion_ad,
 )
@@ -122,3 +127,76 @@ def test_the_other_metrics_of_deco_diff_are_ours(deco):
     assert found["image_ap"] == pytest.approx(float(deco["image_ap"]), abs=1e-9)
     for name in ("image_auroc", "image_f1max"):
         assert found[name] == pytest.approx(float(deco[f"sklearn_{name}"]), abs=1e-6)
+
+
+# --------------------------------------------------------------------------- 3i, of One-for-More
+
+
+@pytest.fixture(scope="module")
+def one():
+    """3i: masks, maps as float64, and the scores of the released evaluation."""
+    case = dict(arrays("cdad_3i_metric_inputs"))
+    return {**case, "maps": case["maps"].astype(np.float64)}
+
+
+def performances():
+    return json.loads((FOLDER / "cdad_3i_performances.json").read_text())
+
+
+def metrics_by_class(maps, masks):
+    """Our metrics under the recorded names, with the plain mean over the classes."""
+    classes = np.array(performances()["classes"])
+    found = {
+        name: metrics_one_for_more(maps[classes == name], masks[classes == name])
+        for name in np.unique(classes)
+    }
+    named = {f"{c}_{m}_auc": value for c, values in found.items() for m, value in values.items()}
+    for metric in next(iter(found.values())):
+        named[f"mean_{metric}_auc"] = np.mean([values[metric] for values in found.values()])
+    return named
+
+
+def compare(found, recorded):
+    """Both by name; areas under precision and recall may differ in the fourth digit, by one."""
+    for name, value in recorded.items():
+        assert found[name] == pytest.approx(value, abs=1.01e-4 if "_aupr" in name else 1e-6), name
+
+
+def test_metrics_of_each_class_and_their_mean(one):
+    found, recorded = metrics_by_class(one["maps"], one["masks"]), performances()["metrics"]
+    assert found.keys() == recorded.keys()
+    compare(found, recorded)
+
+
+def test_maps_turned_upside_down_keep_their_auroc(one):
+    negated = metrics_by_class(one["maps"].max() - one["maps"], one["masks"])
+    compare(negated, performances()["metrics_of_negated_maps"])
+
+
+def test_the_faintest_pixel_of_a_mask_is_a_defect(one):
+    masks = one["masks"].astype(np.float64)
+    masks[0, :2, :2] = 0.004  # the file does not say which four: these give the recorded values
+    compare(metrics_by_class(one["maps"], masks), performances()["metrics_with_soft_mask_pixel"])
+
+
+def test_image_scores_of_one_for_more(one):
+    np.testing.assert_array_equal(one["masks"].any((1, 2)), one["image_label"] > 0)
+    np.testing.assert_array_equal(one["maps"].max((1, 2)), one["image_score_max"])
+    for metric, sizes in {"ap": POOLED, "f1": POOLED, "aupr": (*POOLED, 2)}.items():
+        recorded = one[f"image_score_{metric}"]
+        np.testing.assert_allclose(pooled_score(one["maps"], sizes), recorded, atol=1e-9, rtol=0)
+
+
+def test_maps_that_averaging_uses_up_are_refused(one):
+    side = 1 + sum(size - 1 for size in POOLED)
+    assert pooled_score(one["maps"][:, :side, :side]).shape == one["image_label"].shape
+    with pytest.raises(ValueError, match=f"{side} x {side} pixels or more"):
+        pooled_score(one["maps"][:, : side - 1])
+
+
+def test_released_aupro_of_one_for_more_is_that_of_deco_diff(one):
+    found = aupro_deco_diff(one["maps"], one["masks"])
+    assert found == pytest.approx(float(one["compute_pro_all_f64"]), abs=1e-6)
+    fpr, pro = pro_curve_deco_diff(one["maps"], one["masks"])
+    np.testing.assert_allclose(fpr, one["curve_fpr_rescaled_f64"], atol=1e-6)
+    np.testing.assert_allclose(pro, one["curve_pro_f64"], atol=1e-6)

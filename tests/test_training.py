@@ -196,6 +196,11 @@ def test_rate_at_a_step_is_this_share_of_its_peak(schedule, step, share):
     assert Rate(2.0, schedule).at(step, 100) == pytest.approx(2 * share, abs=1e-12)
 
 
+def test_cosine_with_a_horizon_of_one_and_a_half_stages_ends_at_a_quarter_of_its_peak():
+    """At two thirds of the half wave: (1 + cos 120°) / 2."""
+    assert Rate(2.0, "cosine", horizon=1.5).at(100, 100) == pytest.approx(2 / 4)
+
+
 def test_unknown_schedule_of_a_rate_is_refused():
     with pytest.raises(ValueError, match="constant, cosine or cycle, not 'linear'"):
         Rate(1.0, "linear").at(0, 10)
