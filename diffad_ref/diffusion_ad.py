@@ -90,7 +90,7 @@ class Config:
             foreground="estimate",
             stages=(
                 Stage("denoiser", 4500, 8, {"denoiser": Rate(5e-4, "cosine", 100)}, clip=1.0),
-                Stage("segmentation", 5000, 16, {"segmenter": Rate(1e-3, "cosine", 50)}, clip=1.0),
+                Stage("segmentation", 2000, 16, {"segmenter": Rate(1e-3, "cosine", 50)}, clip=1.0),
                 Stage(
                     "joint",
                     400,
