@@ -9,6 +9,7 @@ autoencoder that was trained for minutes.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class CodecConfig:
     equalise: float = 0.5  # 0 keeps the variances of the components, 1 makes them all equal
 
 
-class Codec(nn.Module):
+class Codec(nn.Module, ABC):
     """What latent methods need of a codec. It is frozen: no gradient reaches its weights.
 
     Images are (B, 3, H, W) in [-1, 1] here, as autoencoders have them; latents are
@@ -46,17 +47,17 @@ class Codec(nn.Module):
 
     config: CodecConfig
 
+    @abstractmethod
     def posterior(self, x: Tensor) -> Tensor:
         """Mean and standard deviation of the latents of images, stacked: (B, 2C, H/f, W/f)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """Images of latents (B, C, h, w), about in [-1, 1]: not clamped."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, dataset) -> None:
         """Learn or load what the codec needs to know before it is used, if it does not yet."""
-        raise NotImplementedError
 
     def encode(self, x: Tensor) -> Tensor:
         """The mean latent (B, C, H/f, W/f) of images: what inference starts from."""

@@ -295,7 +295,8 @@ class DecoDiff(Detector):
             if posterior is None:
                 check_images(batch["image"])
                 size, shift = self.config.image_size, self.config.shift
-                posterior = self.posterior(moved_crop(batch["image"], size, shift, generator))
+                x = moved_crop(batch["image"], size, shift, generator)
+                posterior = self.codec.posterior(x * 2 - 1)
             z_0 = draw_latent(posterior, generator)
             category = self._classes(batch.get("category_index"), len(z_0))
             t = torch.randint(
@@ -337,10 +338,6 @@ class DecoDiff(Detector):
         states = self.reconstruct(z_0, category_index, steps, start, times, rescale)
         return self.compare(z_0, states[-1], fusion)
 
-    def posterior(self, images: Tensor) -> Tensor:
-        """Mean and deviation (B, 2C, h, w) of the latents of images in [0, 1]."""
-        return self.codec.posterior(images * 2 - 1)
-
     def encode(self, images: Tensor) -> Tensor:
         """Mean latent (B, C, h, w) of images (B, 3, H, W) in [0, 1]."""
         return self.codec.encode(images * 2 - 1)
@@ -376,9 +373,9 @@ class DecoDiff(Detector):
         return Prediction(
             anomaly_map=anomaly_map,
             score=anomaly_map.flatten(1).amax(1),  # C10
-            reconstruction=_to_unit(x_hat),
+            reconstruction=((x_hat + 1) / 2).clamp(0, 1),
             parts={
-                "decoded": _to_unit(x_0),
+                "decoded": ((x_0 + 1) / 2).clamp(0, 1),
                 "image_discrepancy": image,
                 "latent_discrepancy": latent,
                 "z_0": z_0,
@@ -390,11 +387,6 @@ class DecoDiff(Detector):
         return class_indices(
             category_index, count, self.config.classes, self.categories, self.device
         )
-
-
-def _to_unit(x: Tensor) -> Tensor:
-    """Images from [-1, 1] to [0, 1], clamped."""
-    return ((x + 1) / 2).clamp(0, 1)
 
 
 def _check_patches(config: Config) -> None:

@@ -92,7 +92,7 @@ def corrector_state(state: dict[str, Tensor], blocks: int = 2) -> dict[str, Tens
     return found
 
 
-def converted_unet(state: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
+def converted_unet(state: dict[str, Tensor], blocks: int = 2) -> dict[str, Tensor]:
     """Rename a latent-diffusion U-Net's weights to those of diffusers' `UNet2DConditionModel`.
 
     diffusers' converter passes over names that it does not know; here they raise ValueError.

@@ -1,7 +1,7 @@
 """Import of One-for-More weights under the names of its released code.
 
-The U-Net has the names of latent diffusion, and diffusers renames it; the anomaly-masked network
-keeps queries, keys and values in one matrix, which is cut in three here.
+The U-Net has the names of latent diffusion: `official_deco_diff.converted_unet` renames it. The
+anomaly-masked network keeps queries, keys and values in one matrix, which is cut in three here.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 
 from torch import Tensor
-
-from diffad_ref.official_deco_diff import converted_unet
 
 # Inside an encoder layer.
 LAYERS = {
@@ -38,19 +36,3 @@ def condition_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             raise ValueError(f"no anomaly-masked network of the released code has {name!r}")
     return renamed
-
-
-def unet_state(state: dict[str, Tensor], blocks: int = 2) -> dict[str, Tensor]:
-    """Rename a released U-Net's weights to those of diffusers' `UNet2DConditionModel`.
-
-    Parameters
-    ----------
-    blocks : int
-        Residual blocks a level.
-
-    Raises
-    ------
-    ValueError
-        A name that no such network has.
-    """
-    return converted_unet(state, blocks)

@@ -9,7 +9,8 @@ from golden_files import FOLDER, arrays, settings, weights
 from diffad_ref.anomaly_masked import AnomalyMaskedNetwork
 from diffad_ref.backbones import ControlledUNet
 from diffad_ref.diffusion import Schedule
-from diffad_ref.official_one_for_more import condition_state, unet_state
+from diffad_ref.official_deco_diff import converted_unet
+from diffad_ref.official_one_for_more import condition_state
 
 
 def tensor(case, name):
@@ -77,7 +78,7 @@ def build_unet(name, context):
         context.shape[1:],
         last_attention=attention[-1],
     )
-    network.unet.load_state_dict(unet_state(weights(name), given["num_res_blocks"]))
+    network.unet.load_state_dict(converted_unet(weights(name), given["num_res_blocks"]))
     network.prompt = context
     return network.eval()
 
@@ -87,7 +88,7 @@ def build_unet(name, context):
 
 def unet_names(names, blocks):
     """Our names, as in a `ControlledUNet`, by the released ones of its parameters."""
-    converted = unet_state({name: name for name in names}, blocks)
+    converted = converted_unet({name: name for name in names}, blocks)
     return {theirs: f"unet.{ours}" for ours, theirs in converted.items()}
 
 

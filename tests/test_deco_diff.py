@@ -230,8 +230,8 @@ def test_loss_depends_on_its_generator_and_not_on_the_global_seed():
 def crops(monkeypatch, size, shift, count=64):
     """The crops that training takes of images of a size, and these images."""
     detector, seen = build(resize=40, shift=shift), []
-    real = detector.posterior
-    monkeypatch.setattr(detector, "posterior", lambda x: seen.append(x) or real(x))
+    real = detector.codec.posterior
+    monkeypatch.setattr(detector.codec, "posterior", lambda x: seen.append(x / 2 + 0.5) or real(x))
     monkeypatch.setattr(detector.corrector, "forward", lambda z, t, c: z)
     images = torch.rand(count, 3, size, size, generator=seeded())
     classes = torch.zeros(count, dtype=torch.long)

@@ -26,7 +26,8 @@ from diffad_ref.backbones import count_parameters
 from diffad_ref.diffusion import add_noise, ddim_times, ddim_walk
 from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.maps import feature_distance, gaussian_filter
-from diffad_ref.official_one_for_more import condition_state, unet_state
+from diffad_ref.official_deco_diff import converted_unet
+from diffad_ref.official_one_for_more import condition_state
 from diffad_ref.one_for_more import OneForMore, learns
 
 pytestmark = pytest.mark.golden
@@ -345,7 +346,7 @@ def test_parameter_counts_of_the_published_size(official):
 def test_every_weight_of_the_released_networks_has_its_place(official):
     recorded = recorded_json("cdad_names_official")
     for part, convert, network in (
-        ("controlled_unet", unet_state, official.unet.unet),
+        ("controlled_unet", converted_unet, official.unet.unet),
         ("amn", condition_state, official.condition),
     ):
         theirs = {n: torch.empty(shape, device="meta") for n, shape in recorded[part].items()}
