@@ -27,6 +27,7 @@ from diffad_ref.checkpoints import (
     add_to_record,
     from_plain,
     load_checkpoint,
+    load_weights,
     read_description,
     save_checkpoint,
     write_text,
@@ -283,14 +284,16 @@ def _view(config) -> dict:
 def _evaluate(arguments) -> None:
     commands = [arguments.command]
     if arguments.weights in BASELINES:
+        if arguments.set or arguments.record:
+            raise ValueError("--set and --record are for weights, not for template and PCA")
         size = arguments.image_size or 64
         root = _root(arguments.data, size, 0)
         train = AnomalyFolder(root, "train", size, arguments.categories)
         detector = BASELINES[arguments.weights]().fit(train)
         data = AnomalyFolder(root, "test", size, arguments.categories)
     else:
-        detector = load_checkpoint(arguments.weights).to(Accelerator().device)
-        detector.config = _changed(detector.config, arguments.set)
+        detector = _rebuilt(load_checkpoint(arguments.weights), arguments)
+        detector.to(Accelerator().device)
         trained = read_description(arguments.weights)["record"]
         root = _root(arguments.data, detector.config.image_size, 0)
         commands = [trained["command"], *commands] if "command" in trained else commands
@@ -305,6 +308,18 @@ def _evaluate(arguments) -> None:
         write_text(json.dumps(entries, indent=1), arguments.save)
     if arguments.record:
         add_to_record(arguments.weights, {"report": report.to_dict()})
+
+
+def _rebuilt(detector, arguments):
+    """The same weights under other settings; settings that would need other weights are refused."""
+    if not arguments.set:
+        return detector
+    if arguments.record:
+        raise ValueError("--record is for the weights as they are: leave --set out, or use --save")
+    changed = type(detector)(_changed(detector.config, arguments.set))
+    changed.categories = detector.categories
+    load_weights(changed, detector.state_dict(), f"{arguments.weights} with --set")
+    return changed.eval()
 
 
 def _predict(arguments) -> None:

@@ -2,8 +2,7 @@
 
 A latent is a small image with a few channels that keeps what matters of a large one. The paper's
 codec is the variational autoencoder of Stable Diffusion. Where it is too large, the principal
-components of 4 x 4 patches do the same: at 64 pixels they rebuild images better than a small
-autoencoder that was trained for minutes.
+components of 4 x 4 patches stand in for it.
 """
 
 from __future__ import annotations

@@ -87,17 +87,15 @@ class Config:
         if size not in SIZES:
             raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
         width, heads, context = SIZES[size]
-        corruption = Corruption.of_side(image_size // cls().codec.factor)
-        config = replace(
-            cls(),
+        paper = cls(
             width=width,
             heads=heads,
             context=context,
             image_size=image_size,
             resize=image_size * 9 // 8,
-            corruption=corruption,
+            corruption=Corruption.of_side(image_size // CodecConfig().factor),
         )
-        return replace(config, **changes)
+        return replace(paper, **changes)
 
     @classmethod
     def tiny(cls, image_size: int = 64, **changes) -> Config:
@@ -350,8 +348,8 @@ class DecoDiff(Detector):
         if times is None:
             times = self.config.times
             if steps is not None or start is not None:
-                kept = respaced(len(self.schedule), steps or len(times))
-                times = kept[: start or len(kept)][::-1]
+                kept = respaced(len(self.schedule), len(times) if steps is None else steps)
+                times = kept[:start][::-1]
         rescale = self.config.rescale if rescale is None else rescale
         return correct(
             lambda z, t: self.corrector(z, t, category), z, self.schedule, times, rescale

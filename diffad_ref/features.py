@@ -2,7 +2,7 @@
 
 Pixels of a reconstruction differ everywhere a little; features ask whether the same *things* are
 there. The paper takes a ResNet-50 that knows ImageNet. Where that is too large, principal
-components of patches of photographs, at several scales, do the same job in seconds.
+components of patches of photographs, at several scales, stand in for it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ missing fails the test that needs it.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,14 @@ def settings(name, folder=FOLDER):
 def names(pattern):
     """Names of the cases that fit a pattern; without any, the pattern, which no file bears."""
     return sorted(path.stem for path in FOLDER.glob(f"{pattern}.safetensors")) or [pattern]
+
+
+def matching(case, pattern):
+    """Arrays of a case whose whole name fits a pattern, as (match, array); at least one."""
+    case = arrays(case)
+    found = [(match, case[match[0]]) for match in (re.fullmatch(pattern, n) for n in case) if match]
+    assert found, f"no array is called like {pattern}"
+    return found
 
 
 def close(found, expected, atol=1e-5, rtol=1e-4):

@@ -1,7 +1,6 @@
 """Golden cases of One-for-More: arrays by pattern, and the released networks with our names."""
 
 import json
-import re
 
 import torch
 from golden_files import FOLDER, arrays, settings, weights
@@ -15,14 +14,6 @@ from diffad_ref.official_one_for_more import condition_state
 
 def tensor(case, name):
     return torch.from_numpy(case[name])
-
-
-def matching(case, pattern):
-    """Arrays of a case whose whole name fits a pattern, as (match, array)."""
-    found = [(re.fullmatch(pattern, name), arrays(case)[name]) for name in arrays(case)]
-    found = [(match, array) for match, array in found if match]
-    assert found, f"{case} has no array like {pattern}"
-    return found
 
 
 def recorded_json(name):

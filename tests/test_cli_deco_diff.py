@@ -201,12 +201,30 @@ def test_setting_that_makes_no_sense_is_answered_in_words(
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    [("times=[2,4]", "must fall"), ("times=[10]", "must fall"), ('fusion="sum"', "unknown fusion")],
+    [
+        ("times=[2,4]", "must fall"),
+        ("times=[10]", "must fall"),
+        ('fusion="sum"', "unknown fusion"),
+        ("codec.channels=5", "with --set"),  # other weights would be needed
+    ],
 )
 def test_setting_of_an_evaluation_that_makes_no_sense_is_refused(
     run, mvtec_root, fails, setting, words
 ):
     assert words in fails(command, "evaluate", run / "weights", mvtec_root, "--set", setting)
+
+
+def test_record_of_weights_under_other_settings_is_refused(run, mvtec_root, fails):
+    before = (run / "weights.json").read_bytes()
+    words = ["evaluate", run / "weights", mvtec_root, "--record", "--set", 'fusion="latent"']
+    assert "--record is for the weights as they are" in fails(command, *words)
+    assert (run / "weights.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [["--record"], ["--set", "times=[4, 0]"]])
+def test_baselines_have_neither_settings_nor_a_record(mvtec_root, fails, words):
+    message = fails(command, "evaluate", "template", mvtec_root, *words)
+    assert "--set and --record are for weights" in message
 
 
 def test_latents_of_another_codec_are_refused(mvtec_root, tmp_path, fails):

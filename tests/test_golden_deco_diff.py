@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from golden_files import FOLDER, arrays, close, names, settings, weights
+from golden_files import FOLDER, arrays, close, matching, names, settings, weights
 
 from diffad_ref.backbones import LatentUNet, count_parameters
 from diffad_ref.deco_diff import (
@@ -37,14 +37,6 @@ def fake_model(d=3.0, scale=1.0):
         return scale * torch.tanh(0.5 * z) * torch.cos(t.float() / d)[:, None, None, None]
 
     return model, seen
-
-
-def matching(case, pattern):
-    """Arrays of a case whose whole name fits a pattern, as (match, array)."""
-    found = [(re.fullmatch(pattern, name), arrays(case)[name]) for name in arrays(case)]
-    found = [(match, array) for match, array in found if match]
-    assert found, f"{case} has no array like {pattern}"
-    return found
 
 
 # ---------------------------------------------------------------------------------- 2a schedules

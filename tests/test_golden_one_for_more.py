@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from golden_files import arrays, close, settings
+from golden_files import arrays, close, matching, settings
 from golden_one_for_more import (
     build_condition,
     build_unet,
@@ -13,7 +13,6 @@ from golden_one_for_more import (
     condition_layers,
     condition_names,
     guided,
-    matching,
     recorded_json,
     schedule,
     tensor,

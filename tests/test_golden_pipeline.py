@@ -7,14 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_files import arrays, close, settings, weights
+from golden_files import arrays, close, matching, settings, weights
 from golden_one_for_more import (
     build_condition,
     build_unet,
     condition_gradient,
     condition_layers,
     guided,
-    matching,
     recorded_json,
     schedule,
     tensor,
