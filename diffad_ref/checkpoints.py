@@ -21,8 +21,9 @@ from torch import Tensor
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector
 from diffad_ref.diffusion_ad import DiffusionAD
+from diffad_ref.one_for_more import OneForMore
 
-METHODS = {"DiffusionAD": DiffusionAD, "DecoDiff": DecoDiff}
+METHODS = {"DiffusionAD": DiffusionAD, "DecoDiff": DecoDiff, "OneForMore": OneForMore}
 SHIPPED = Path(__file__).parent / "weights"
 
 

@@ -18,12 +18,18 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffad_ref.checkpoints import load_weights, read_tensors, write_tensors, write_text
+from diffad_ref.checkpoints import (
+    load_weights,
+    read_tensors,
+    save_checkpoint,
+    write_tensors,
+    write_text,
+)
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.detector import Detector
 from diffad_ref.evaluation import batch_generator, evaluate
 from diffad_ref.gradient_projection import GradientProjectionMemory
-from diffad_ref.tables import Table
+from diffad_ref.tables import HEADERS, Table
 from diffad_ref.training import fit
 
 # ----------------------------------------------------------------------------------------- tasks
@@ -123,11 +129,44 @@ class Continual:
                 values = self.values(metric, category)
                 row = dict.fromkeys(columns) | dict(zip(columns[k:], values, strict=False))
                 rows.append({"category": category} | row)
-        return Table(("category", *columns), rows)
+        return Table(("category", *columns), rows, fractions=tuple(columns))
+
+    def share_taken(self) -> list[float]:
+        """After each task, the mean share of a layer's directions that memory has taken."""
+        return [
+            math.fsum(rank / of for rank, of in taken.values()) / max(1, len(taken))
+            for taken in self.taken
+        ]
 
     def to_dict(self) -> dict:
-        """Everything, in types that JSON knows."""
+        """Everything, in types that JSON knows; `Continual(**record)` reads it back."""
         return {"tasks": self.tasks, "rows": self.rows, "taken": self.taken}
+
+
+def summarise(
+    results: dict[str, Continual], metrics: Sequence[str] = ("image_auroc", "pixel_ap")
+) -> Table:
+    """One row a run: A-metric (E1), forgetting FM (E2), plasticity ("new"), and FM by loss.
+
+    "memory" is the mean share of a layer's directions that are taken after the last task.
+    """
+    rows, fractions = [], ["memory"]
+    for name, result in results.items():
+        row = {"training": name}
+        for metric in metrics:
+            label = HEADERS[metric]
+            row[f"A {label}"] = result.a_metric(metric)
+            if len(result.tasks) > 1:
+                row[f"FM {label}"] = result.forgetting(metric)
+                row[f"new {label}"] = result.plasticity(metric)
+            fractions += [f"A {label}", f"FM {label}", f"new {label}"]
+        if len(result.tasks) > 1:
+            row["FM loss"] = result.forgetting("loss")
+        row["memory"] = result.share_taken()[-1] if result.taken[-1] else None
+        rows.append(row)
+    known = set().union(*rows)
+    order = [c for c in ["training", *fractions[1:], "FM loss", "memory"] if c in known]
+    return Table(tuple(order), rows, fractions=tuple(fractions))
 
 
 @torch.no_grad()
@@ -142,6 +181,8 @@ def held_out_loss(detector: Detector, data: AnomalyFolder, seed: int = 0) -> flo
 
 
 # ------------------------------------------------------------------------------------------ loop
+
+GAMMA = 0.99  # share of an old task's energy that is protected
 
 PROTECTIONS = {
     "none": "fine-tune on each task, as if the others had never been",
@@ -158,7 +199,7 @@ def fit_continual(
     out: str | os.PathLike,
     *,
     protection: str = "update",
-    gamma: float = 0.97,
+    gamma: float = GAMMA,
     energy: float = 0.999,
     every: int = 1,
     batch_size: int | None = None,
@@ -196,14 +237,15 @@ def fit_continual(
     Raises
     ------
     ValueError
-        Tasks are empty or share a category, or as for `fit`.
+        Tasks are empty or share a category, `out` holds another run, or as for `fit`.
     """
     check_tasks(tasks)
     if protection not in PROTECTIONS:
         raise ValueError(f"protection is one of {', '.join(PROTECTIONS)}, not {protection!r}")
-    out, size = Path(out), detector.config.image_size
+    out = Path(out)
     result = Continual([list(task) for task in tasks])
-    detector.prepare(None)
+    settings = {"protection": protection, "gamma": gamma, "energy": energy, "every": every}
+    _same_run(out / "run.json", {"tasks": result.tasks, **settings})
     detector.enter(detector.stages[-1])
     memory = GradientProjectionMemory(detector, gamma=gamma, energy=energy)
 
@@ -212,9 +254,10 @@ def fit_continual(
             memory.protect(optimizer, updates=protection == "update", rest="freeze")
 
     for number, task in enumerate(tasks):
-        folder = out / f"task_{number + 1}"
-        train = AnomalyFolder(root, "train", size, task)
+        folder, seen = out / f"task_{number + 1}", sum(result.tasks[: number + 1], [])
         if not (folder / "result.json").exists():
+            train = AnomalyFolder(root, "train", categories=task, **detector.training_view)
+            train.categories = seen  # a class keeps its number for ever
             if number and protection == "update":
                 memory.hold()
             fit(
@@ -228,27 +271,36 @@ def fit_continual(
                 on_optimizer=guard if number else None,
                 **options,
             )
-            detector.categories = tuple(sum(map(list, tasks[: number + 1]), []))
             taken = {}
             if protection in ("gradient", "update"):
                 gather(detector, memory, train, every, progress)
                 taken = memory.extend()
             elif protection == "frozen":
                 memory.extend_by_nothing()
-            rows = [
-                {"task": number} | row
-                for row in judge(detector, root, detector.categories, progress)
-            ]
-            state = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
-            write_tensors(state, folder / "weights.safetensors")
+            rows = [{"task": number} | row for row in judge(detector, root, seen, progress)]
+            save_checkpoint(detector, folder / "weights", {"tasks": result.tasks[: number + 1]})
             write_tensors(memory.state_dict(), folder / "memory.safetensors")
             write_text(json.dumps({"rows": rows, "taken": taken}), folder / "result.json")
         load_weights(detector, read_tensors(folder / "weights.safetensors"), folder)
+        detector.categories = tuple(seen)
         memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
         done = json.loads((folder / "result.json").read_text("utf-8"))
         result.rows += done["rows"]
         result.taken.append(done["taken"])
     return result
+
+
+def _same_run(path: Path, settings: dict) -> None:
+    """Write down what a folder's run is, or refuse to go on with another one."""
+    if not path.exists():
+        write_text(json.dumps(settings, indent=1), path)
+        return
+    before = json.loads(path.read_text("utf-8"))
+    if different := [name for name in settings if before.get(name) != settings[name]]:
+        raise ValueError(
+            f"{path.parent} holds another run (different {', '.join(different)}); choose another "
+            "folder, or delete it to start anew"
+        )
 
 
 @torch.no_grad()
@@ -266,12 +318,13 @@ def gather(
             memory.compress()
 
 
-def judge(detector: Detector, root, categories: Sequence[str], progress: bool = True) -> list:
-    """Metrics and loss of each category, on its test images."""
+def judge(detector: Detector, root, categories: Sequence[str], progress: bool = True) -> list[dict]:
+    """Metrics and loss of each category on its test images, as rows of `Continual`."""
     rows = []
     for category in categories:
-        test = AnomalyFolder(root, "test", detector.config.image_size, [category])
+        test = AnomalyFolder(root, "test", categories=[category], **detector.view)
         report = evaluate(detector, test, progress=progress)
+        test.categories = list(categories)
         test.samples = [sample for sample in test.samples if sample.kind == "good"]
         rows.append(report.rows[0] | {"loss": held_out_loss(detector, test)})
     return rows

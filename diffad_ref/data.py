@@ -83,6 +83,9 @@ class AnomalyFolder(Dataset):
 
     Attributes
     ----------
+    categories : list of str
+        Where `category_index` points. A longer list may be put in its place: the images of one
+        task then count their categories among those of all tasks.
     samples : list of Record
         In sorted order: category, then kind, then file name.
     has_labels : bool
@@ -180,7 +183,6 @@ class AnomalyFolder(Dataset):
             raise ValueError(f"cannot crop {crop} pixels from images of size {image_size}")
         self.has_labels = all(record.kind != "unlabelled" for record in samples)
         self.has_masks = self.has_labels and all(r.mask_path for r in samples if r.label)
-        self._index = {category: i for i, category in enumerate(self.categories)}
         self.cache = cache and image_size is not None
         self._cache: dict[Path, dict[str, Tensor]] = {}
 
@@ -197,7 +199,7 @@ class AnomalyFolder(Dataset):
             "image": parts["image"].float() / 255,
             "label": record.label,
             "category": record.category,
-            "category_index": self._index[record.category],
+            "category_index": self.categories.index(record.category),
             "kind": record.kind,
             "path": str(record.path),
         }

@@ -127,6 +127,17 @@ class Detector(nn.Module, ABC):
             for name, rate in self.stage.lr.items()
         ]
 
+    @property
+    def training_view(self) -> dict:
+        """Arguments for `AnomalyFolder`: how large training images must come."""
+        return {"image_size": getattr(self.config, "resize", self.config.image_size)}
+
+    @property
+    def view(self) -> dict:
+        """Arguments for `AnomalyFolder`: test images are resized, and perhaps their middle cut."""
+        view, size = self.training_view, self.config.image_size
+        return view | {"crop": size if view["image_size"] != size else None}
+
     def check(self, images: Tensor) -> None:
         """Refuse what is not a batch of images of the size that the detector was built for."""
         check_images(images)

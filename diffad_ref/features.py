@@ -74,7 +74,7 @@ class PatchFeatures(nn.Module):
         Components kept at each scale, the mean of the patch among them.
     """
 
-    def __init__(self, scales: tuple[int, ...] = (1, 2, 4), patch: int = 5, channels: int = 24):
+    def __init__(self, scales: tuple[int, ...] = (1, 2, 4), patch: int = 5, channels: int = 12):
         super().__init__()
         self.scales, self.patch = scales, patch
         values = 3 * patch**2

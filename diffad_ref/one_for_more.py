@@ -94,31 +94,31 @@ class Config:
 
     @classmethod
     def tiny(cls, image_size: int = 64, **changes) -> Config:
-        """Two CPU cores: latents of 4 x 4 patches, 0.7 M parameters in all."""
+        """Two CPU cores: latents of 4 x 4 patches, 0.5 M parameters in all."""
         tiny = cls(
             image_size=image_size,
             codec=CodecConfig("pca", channels=12, factor=4),
             width=24,
             multipliers=(1, 2),
             blocks=1,
-            heads=4,
+            heads=1,
             prompt=(1, 8),
             norm_groups=8,
             predicts="latent",  # few channels cannot carry noise
             condition_layers=2,
-            condition_heads=4,
+            condition_heads=1,
             feed_forward=48,
             dropout=0.0,
             condition_channels=(12, 12, 24, 24, 32, 32, 32),
             condition_strides=(1, 1, 2, 1, 2, 1, 1, 1),
             features="patches",
-            sigma=1.5,
+            sigma=2.0,
             stages=(
                 Stage(
                     "task",
-                    4000,
+                    1200,
                     16,
-                    {"unet": Rate(1e-3, "cosine", 100), "condition": Rate(1e-3, "cosine", 100)},
+                    {"unet": Rate(2e-3, "cosine", 50), "condition": Rate(2e-3, "cosine", 50)},
                     optimizer="adamw",
                     weight_decay=1e-4,
                     clip=1.0,

@@ -39,6 +39,8 @@ class Table:
         All columns but the labels are one metric of rival methods: the best stands in each row.
     labels : int
         How many columns from the left name the row.
+    fractions : tuple of str
+        Columns that are shown in per cent, besides the metrics.
 
     Raises
     ------
@@ -51,6 +53,7 @@ class Table:
     best: bool = False
     across: bool = False
     labels: int = 1
+    fractions: tuple[str, ...] = ()
 
     def __post_init__(self):
         unknown = set(self.columns).difference(*self.rows) if self.rows else set()
@@ -98,7 +101,7 @@ class Table:
         value = row.get(name)
         if value is None:
             return ""
-        if self._is_metric(name):
+        if self._is_metric(name) or name in self.fractions:
             return f"{100 * value:.1f}"
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 

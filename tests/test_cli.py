@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import diffad_ref.__main__ as cli
+from diffad_ref import commands
 from diffad_ref.__main__ import main
 from diffad_ref.bootstrap import intervals
 from diffad_ref.checkpoints import load_checkpoint, read_description, read_metadata
@@ -77,7 +77,7 @@ def test_data_toy_draws_the_toy_with_the_size_and_seed_that_are_asked_for(
     def small(size, seed):
         return toy_factory(tmp_path, size, seed, 2, 1, 1, progress=False)
 
-    monkeypatch.setattr(cli, "toy_factory", small)
+    monkeypatch.setattr(commands, "toy_factory", small)
     assert command("data", "toy", *SIZE, "--seed", 5) == 0
     folder, *lines = capsys.readouterr().out.splitlines()
     assert json.loads((tmp_path / folder / "factory.json").read_text())["seed"] == 5
