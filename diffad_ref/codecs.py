@@ -29,6 +29,7 @@ class CodecConfig:
     factor: int = 8  # image side over latent side
     # Of the autoencoder.
     pretrained: str = "stabilityai/sd-vae-ft-ema"  # name on the hub, or a local folder
+    subfolder: str = ""  # where in it, for the autoencoder of a whole pipeline: "vae"
     widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level
     layers: int = 2  # residual blocks a level
     norm_groups: int = 32  # of the group normalisation
@@ -170,8 +171,13 @@ class KLCodec(Codec):
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike) -> KLCodec:
+    def from_pretrained(cls, name: str | os.PathLike, subfolder: str = "") -> KLCodec:
         """Load an autoencoder of any size by its name on the hub, or from a local folder.
+
+        Parameters
+        ----------
+        subfolder : str
+            Where in it, for the autoencoder of a whole pipeline.
 
         Raises
         ------
@@ -180,8 +186,8 @@ class KLCodec(Codec):
         ValueError
             Some weights are missing, or the autoencoder is built in another way.
         """
-        folder = Path(name)
-        if folder.is_dir() or folder.is_absolute():
+        if Path(name).is_dir() or Path(name).is_absolute():
+            folder = Path(name) / subfolder
             weights = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
             found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no folder"
             if "config.json" not in found or not set(weights) & set(found):
@@ -190,7 +196,7 @@ class KLCodec(Codec):
                     f"found {found}"
                 )
         try:
-            vae = AutoencoderKL.from_pretrained(str(name))
+            vae = AutoencoderKL.from_pretrained(str(name), subfolder=subfolder or None)
         except OSError as error:
             raise FileNotFoundError(f"no autoencoder {str(name)!r}: {error}") from error
         settings = vae.config
@@ -199,6 +205,7 @@ class KLCodec(Codec):
                 channels=settings.latent_channels,
                 factor=2 ** (len(settings.block_out_channels) - 1),
                 pretrained=str(name),
+                subfolder=subfolder,
                 widths=tuple(settings.block_out_channels),
                 layers=settings.layers_per_block,
                 norm_groups=settings.norm_num_groups,
@@ -216,7 +223,7 @@ class KLCodec(Codec):
         """Load the published weights; the data set plays no part."""
         if self.ready:
             return
-        loaded = KLCodec.from_pretrained(self.config.pretrained)
+        loaded = KLCodec.from_pretrained(self.config.pretrained, self.config.subfolder)
         if replace(loaded.config, pretrained="") != replace(self.config, pretrained=""):
             raise ValueError(
                 f"the autoencoder {self.config.pretrained!r} is another than the config says: "

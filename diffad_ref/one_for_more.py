@@ -34,9 +34,13 @@ from diffad_ref.diffusion import (
 from diffad_ref.features import PatchFeatures, ResNetFeatures
 from diffad_ref.maps import feature_distance, gaussian_filter
 from diffad_ref.nsa import Pasting, paste
+from diffad_ref.stable_diffusion import start_from_stable_diffusion
 from diffad_ref.texture_sources import texture_bank
 
 # ---------------------------------------------------------------------------------------- config
+
+
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class Config:
     """Sizes and settings; the defaults are the paper's (or its released code's)."""
 
     image_size: int = 256  # pixels
+    start: str | None = STABLE_DIFFUSION  # U-Net and prompt: name or folder; None: from scratch
     codec: CodecConfig = field(
-        default_factory=lambda: CodecConfig(pretrained="stabilityai/sd-vae-ft-mse")
+        default_factory=lambda: CodecConfig(pretrained=STABLE_DIFFUSION, subfolder="vae")
     )
     # U-Net: Stable Diffusion 1.5.
     width: int = 320
@@ -69,7 +74,7 @@ class Config:
     schedule: str = "scaled_linear"
     steps: int = 1000  # T
     walk: int = 10  # steps of the reconstruction
-    start: int | None = None  # level to which z is noised; None: the walk's first. Released: 999
+    level: int | None = None  # to which z is noised; None: the walk's first. Released: 999
     end_clean: bool = True  # end at the estimate itself; released: at the schedule's first level
     # Comparison.
     features: str = "resnet50"  # or "patches"
@@ -97,6 +102,7 @@ class Config:
         """Two CPU cores: latents of 4 x 4 patches, 0.5 M parameters in all."""
         tiny = cls(
             image_size=image_size,
+            start=None,
             codec=CodecConfig("pca", channels=12, factor=4),
             width=24,
             multipliers=(1, 2),
@@ -175,7 +181,9 @@ class OneForMore(Detector):
         self.enter(self.stages[-1])
 
     def prepare(self, dataset) -> None:
-        """Train or load codec and features: from photographs, never from the data of a task."""
+        """Load or learn what comes before all tasks: from photographs, never from their data."""
+        if self.config.start is not None and not self.unet.prompt.any():
+            start_from_stable_diffusion(self.unet, self.config.start)
         photographs = None
         if self.config.codec.kind == "pca" or self.config.features == "patches":
             size, generator = self.config.image_size, torch.Generator().manual_seed(0)
@@ -241,7 +249,7 @@ class OneForMore(Detector):
         )
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, z_0: Tensor, generator, start: int | None = None) -> list:
+    def reconstruct(self, x: Tensor, z_0: Tensor, generator, level: int | None = None) -> list:
         """Latents (B, C, h, w) after each step of the walk back from almost pure noise (O2).
 
         Parameters
@@ -250,14 +258,13 @@ class OneForMore(Detector):
             The image that the condition describes.
         z_0 : Tensor (B, C, h, w)
             Its latent.
-        start : int, optional
-            Level to which it is noised, instead of the config's.
+        level : int, optional
+            Time step to whose noise it is taken, instead of the config's.
         """
         config, times = self.config, ddim_times(len(self.schedule), self.config.walk)
-        start = config.start if start is None else start
-        start = times[0] if start is None else start
-        level = torch.full((len(z_0),), start, device=z_0.device)
-        z_t = add_noise(z_0, draw_noise(z_0, generator), self.schedule.at(level))
+        level = config.level if level is None else level
+        t = torch.full((len(z_0),), times[0] if level is None else level, device=z_0.device)
+        z_t = add_noise(z_0, draw_noise(z_0, generator), self.schedule.at(t))
         # The condition stays the same all the way. Guidance between two equal conditions, which
         # the released code computes, changes nothing and is left out.
         condition = self.condition(x)

@@ -278,7 +278,7 @@ def test_folder_that_is_not_there_is_named(tmp_path):
 
 
 def test_name_that_cannot_be_reached_is_named(monkeypatch):
-    def unreachable(name):
+    def unreachable(name, **options):
         raise OSError("no route to host")
 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", unreachable)
