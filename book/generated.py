@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffad_ref.continual import Continual, summarise
 from diffad_ref.evaluation import Report, compare, compare_kinds
 from diffad_ref.tables import HEADERS
 
@@ -129,3 +130,11 @@ def interval_table(records: Path) -> str:
         commands += record["commands"]
     listing = "\n".join(dict.fromkeys(commands))
     return f"{markdown_table(rows)}\nMade by\n\n```bash\n{listing}\n```\n"
+
+
+def continual_table(description: Path) -> str:
+    """Runs of several tasks in a row, from the record beside the weights of the last task."""
+    runs = json.loads(description.read_text())["record"]["runs"]
+    table = summarise({name: Continual(**run["continual"]) for name, run in runs.items()})
+    listing = "\n".join(run["command"] for run in runs.values())
+    return f"{table}\n\nMade by\n\n```bash\n{listing}\n```\n"

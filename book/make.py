@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from check_pages import problems
-from generated import interval_table, notebook_table, result_tables, status_page
+from generated import continual_table, interval_table, notebook_table, result_tables, status_page
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -120,6 +120,8 @@ def stage(notebooks: list[Path]) -> None:
     (generated / "results.md").write_text(result_tables(ROOT / "book" / "records", DATA_SETS))
     ablations = interval_table(ROOT / "book" / "records" / "deco_diff_ablations")
     (generated / "deco_diff_ablations.md").write_text(ablations)
+    continual = ROOT / "diffad_ref" / "weights" / "one_for_more_toy_3.json"
+    (generated / "continual.md").write_text(continual_table(continual))
     (SOURCE / "book" / "status.md").write_text(status_page(notebooks, record))
 
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m diffad_ref data|train|continual|evaluate|predict`."""
+"""The command line: `python -m diffad_ref data|train|continual|evaluate|plan|predict`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 
 from diffad_ref import commands
 from diffad_ref.checkpoints import METHODS
-from diffad_ref.continual import GAMMA, ORDERS, PROTECTIONS
+from diffad_ref.continual import ENERGY, GAMMA, ORDERS, PROTECTIONS
+from diffad_ref.plan import UTILISATION
 
 DATA = "a folder in the MVTec layout (<category>/train/good, test/…), or the word toy"
 
@@ -77,7 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--protection", choices=PROTECTIONS, default="update", help="of old tasks")
     sub.add_argument("--gamma", type=float, default=GAMMA, help="share of energy that is protected")
+    sub.add_argument(
+        "--energy", type=float, default=ENERGY, help="share that the running SVD keeps"
+    )
     sub.add_argument("--every", type=positive, default=1, help="gather every so-manyth image")
+    sub.add_argument(
+        "--later-rate", type=float, default=1.0, help="learning rate after task 1, as a share"
+    )
     sub.add_argument("--save", type=Path, help="write results and command as JSON")
     _add_training(sub)
 
@@ -92,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--save", type=Path, help="write the report and its commands as JSON")
     sub.add_argument("--record", action="store_true", help="write it into the weights' .json")
     sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    sub = command(commands.plan, "what training at the papers' size costs; needs no GPU")
+    sub.add_argument("--utilisation", type=float, default=UTILISATION, help="share of a GPU's peak")
+    sub.add_argument(
+        "--batch-sizes", nargs="+", type=positive, default=[1, 4, 16], help="for the memory table"
+    )
 
     sub = command(commands.predict, "write heat maps and scores for your own images")
     sub.add_argument("weights", help="a .safetensors file with its .json")

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 import diffad_ref
 from diffad_ref import evaluation
+from diffad_ref import plan as planning
 from diffad_ref.baselines import PCA, Template
 from diffad_ref.bootstrap import intervals
 from diffad_ref.checkpoints import (
@@ -78,11 +79,7 @@ def train(arguments) -> None:
         "minutes_since_last_start": round((time.time() - start) / 60, 1),
         "data": {"name": Path(root).name, "images": len(data), "categories": data.categories},
         "versions": versions(),
-        "final_losses": {
-            name: sum(history.column(name)[-100:]) / len(history.column(name)[-100:])
-            for name in history.rows[-1]
-            if name not in ("step", "stage")
-        },
+        "final_losses": history.ending(),
     }
     # Half the size; what a run needs to go on is kept in full beside it.
     print(save_checkpoint(detector, arguments.out / "weights", record, half=True))
@@ -101,9 +98,14 @@ def continual(arguments) -> None:
         arguments.out,
         protection=arguments.protection,
         gamma=arguments.gamma,
+        energy=arguments.energy,
         every=arguments.every,
+        later_rate=arguments.later_rate,
         **_training(arguments),
     )
+    for number in range(len(tasks)):
+        weights = arguments.out / f"task_{number + 1}" / "weights"
+        add_to_record(weights, {"command": arguments.command, "versions": versions()})
     for metric in ("image_auroc", "pixel_auroc", "pixel_ap"):
         print(f"{HEADERS[metric]}\n\n{result.table(metric)}\n")
     print(summarise({arguments.protection: result}))
@@ -239,6 +241,15 @@ def _rebuilt(detector, arguments):
     changed.categories = detector.categories
     load_weights(changed, detector.state_dict(), f"{arguments.weights} with --set")
     return changed.eval()
+
+
+def plan(arguments) -> None:
+    """Tables of weights, arithmetic, memory and hours at the papers' size."""
+    plans = planning.paper_plans()
+    print(planning.size_table(plans))
+    print(f"\nmemory of a training step\n\n{planning.memory_table(plans, arguments.batch_sizes)}")
+    share = f"{arguments.utilisation:.0%} of the peak in 16 bit"
+    print(f"\nthe whole recipe at {share}\n\n{planning.hours_table(plans, arguments.utilisation)}")
 
 
 def predict(arguments) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,11 +26,11 @@ from diffad_ref.checkpoints import (
     write_text,
 )
 from diffad_ref.data import AnomalyFolder
-from diffad_ref.detector import Detector
+from diffad_ref.detector import Detector, Stage
 from diffad_ref.evaluation import batch_generator, evaluate
 from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.tables import HEADERS, Table
-from diffad_ref.training import fit
+from diffad_ref.training import fit, trained_weights
 
 # ----------------------------------------------------------------------------------------- tasks
 
@@ -98,7 +98,7 @@ class Continual:
     def a_metric(self, metric: str) -> float:
         """Mean over all categories after the last task (E1)."""
         last = [row[metric] for row in self.rows if row["task"] == len(self.tasks) - 1]
-        return math.fsum(last) / len(last)
+        return math.fsum(last) / len(last)  # E1
 
     def forgetting(self, metric: str) -> float:
         """Mean loss of a metric over the categories learned before the last task (E2).
@@ -110,7 +110,7 @@ class Continual:
         drops = []
         for category in sum(self.tasks[:-1], []):
             *earlier, last = self.values(metric, category)
-            drops.append(max(sign * value for value in earlier) - sign * last)
+            drops.append(max(sign * value for value in earlier) - sign * last)  # E2
         if not drops:
             raise ValueError("forgetting needs at least two tasks")
         return math.fsum(drops) / len(drops)
@@ -155,6 +155,8 @@ def summarise(
         row = {"training": name}
         for metric in metrics:
             label = HEADERS[metric]
+            if result.rows[-1][metric] is None:
+                continue  # some defects have no mask
             row[f"A {label}"] = result.a_metric(metric)
             if len(result.tasks) > 1:
                 row[f"FM {label}"] = result.forgetting(metric)
@@ -182,7 +184,8 @@ def held_out_loss(detector: Detector, data: AnomalyFolder, seed: int = 0) -> flo
 
 # ------------------------------------------------------------------------------------------ loop
 
-GAMMA = 0.99  # share of an old task's energy that is protected
+GAMMA = 0.9999  # share of an old task's energy that is protected
+ENERGY = 0.99999  # share of it that the running SVD keeps: more, or gamma could not be reached
 
 PROTECTIONS = {
     "none": "fine-tune on each task, as if the others had never been",
@@ -200,8 +203,9 @@ def fit_continual(
     *,
     protection: str = "update",
     gamma: float = GAMMA,
-    energy: float = 0.999,
+    energy: float = ENERGY,
     every: int = 1,
+    later_rate: float = 1.0,
     batch_size: int | None = None,
     steps: int | None = None,
     seed: int = 0,
@@ -219,14 +223,18 @@ def fit_continual(
     tasks : sequence of sequences of categories
         Such as `ORDERS["mvtec 10-5"]`.
     out : path
-        Folder for the state after each task. A run that was interrupted, between tasks or inside
-        one, goes on from there.
+        Folder for the state after each task: "task_1/weights" and so on, for `load_checkpoint`.
+        A run that was interrupted, between tasks or inside one, goes on from there; and so does
+        one that is called again with more tasks.
     protection : str
         One of `PROTECTIONS`.
     gamma, energy
         Of the `GradientProjectionMemory`.
     every : int
         Gather over every so-manyth training image; released: 10.
+    later_rate : float
+        Learning rate of every task but the first, as a share of the recipe's. A network that
+        starts from scratch must move far in its first task; later it should not.
     batch_size, steps, seed, progress, options
         As for `fit`, for each task.
 
@@ -244,23 +252,33 @@ def fit_continual(
         raise ValueError(f"protection is one of {', '.join(PROTECTIONS)}, not {protection!r}")
     out = Path(out)
     result = Continual([list(task) for task in tasks])
+    folders = [out / f"task_{number + 1}" for number in range(len(tasks))]
+    ahead = [t for t, f in zip(tasks, folders, strict=True) if not (f / "result.json").exists()]
+    if ahead:  # what is missing is better known now than hours later
+        AnomalyFolder(root, "train", categories=sum(map(list, ahead), []), cache=False)
     settings = {"protection": protection, "gamma": gamma, "energy": energy, "every": every}
+    settings |= {"later_rate": later_rate}
+    settings |= {"steps": steps, "batch_size": batch_size, "seed": seed} | options
+    settings["config"] = asdict(detector.config)
     _same_run(out / "run.json", {"tasks": result.tasks, **settings})
     detector.enter(detector.stages[-1])
     memory = GradientProjectionMemory(detector, gamma=gamma, energy=energy)
+    stages = detector.stages
 
     def guard(optimizer):
         if protection != "none":
             memory.protect(optimizer, updates=protection == "update", rest="freeze")
 
     for number, task in enumerate(tasks):
-        folder, seen = out / f"task_{number + 1}", sum(result.tasks[: number + 1], [])
+        folder, seen = folders[number], sum(result.tasks[: number + 1], [])
         if not (folder / "result.json").exists():
             train = AnomalyFolder(root, "train", categories=task, **detector.training_view)
             train.categories = seen  # a class keeps its number for ever
+            if number:
+                detector.stages = tuple(_slower(stage, later_rate) for stage in stages)
             if number and protection == "update":
                 memory.hold()
-            fit(
+            history = fit(
                 detector,
                 train,
                 steps,
@@ -278,29 +296,46 @@ def fit_continual(
             elif protection == "frozen":
                 memory.extend_by_nothing()
             rows = [{"task": number} | row for row in judge(detector, root, seen, progress)]
-            save_checkpoint(detector, folder / "weights", {"tasks": result.tasks[: number + 1]})
+            record = {
+                "tasks": result.tasks[: number + 1],
+                "seed": seed + number,
+                "steps": len(history.rows),
+                "data": {"images": len(train), "categories": list(task)},
+                "final_losses": history.ending(),
+            }
+            save_checkpoint(detector, folder / "weights", record, half=True)
             write_tensors(memory.state_dict(), folder / "memory.safetensors")
             write_text(json.dumps({"rows": rows, "taken": taken}), folder / "result.json")
-        load_weights(detector, read_tensors(folder / "weights.safetensors"), folder)
+        load_weights(detector, trained_weights(folder), folder)
         detector.categories = tuple(seen)
         memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
         done = json.loads((folder / "result.json").read_text("utf-8"))
         result.rows += done["rows"]
         result.taken.append(done["taken"])
+    detector.stages = stages
     return result
 
 
+def _slower(stage: Stage, share: float) -> Stage:
+    """A stage with a share of its learning rates."""
+    rates = {name: replace(rate, peak=rate.peak * share) for name, rate in stage.lr.items()}
+    return replace(stage, lr=rates)
+
+
 def _same_run(path: Path, settings: dict) -> None:
-    """Write down what a folder's run is, or refuse to go on with another one."""
-    if not path.exists():
+    """Write down what a folder's run is, or refuse to go on with another; tasks may be added."""
+    settings = json.loads(json.dumps(settings))  # as it looks after a round trip
+    before = json.loads(path.read_text("utf-8")) if path.exists() else settings
+    known = len(before["tasks"])
+    same = before | {"tasks": settings["tasks"]} == settings
+    if same and before["tasks"] == settings["tasks"][:known]:
         write_text(json.dumps(settings, indent=1), path)
         return
-    before = json.loads(path.read_text("utf-8"))
-    if different := [name for name in settings if before.get(name) != settings[name]]:
-        raise ValueError(
-            f"{path.parent} holds another run (different {', '.join(different)}); choose another "
-            "folder, or delete it to start anew"
-        )
+    different = [name for name in settings if before.get(name) != settings[name]]
+    raise ValueError(
+        f"{path.parent} holds another run (different {', '.join(different)}); choose another "
+        "folder, or delete it to start anew"
+    )
 
 
 @torch.no_grad()

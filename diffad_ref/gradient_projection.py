@@ -99,7 +99,7 @@ def extend_basis(
 def project(step: Tensor, memory: Tensor) -> Tensor:
     """Take out of a step (out, ...) what lies in the span of a memory (features, r) (G4)."""
     flat = step.flatten(1)
-    return (flat - (flat @ memory) @ memory.T).view_as(step)
+    return (flat - (flat @ memory) @ memory.T).view_as(step)  # G4
 
 
 class GradientProjectionMemory:
@@ -282,7 +282,7 @@ class GradientProjectionMemory:
         for name, anchor in self._anchors.items():
             weight, basis = self.layers[name].weight, self.bases[name]
             drift = weight.flatten(1) @ basis - anchor
-            weight -= (drift @ basis.T).view_as(weight)
+            weight -= (drift @ basis.T).view_as(weight)  # G5: W x stays for every x in span(M)
 
     def protect(
         self, optimizer: torch.optim.Optimizer, updates: bool = True, rest: str = "keep"

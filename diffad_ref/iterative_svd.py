@@ -92,7 +92,7 @@ class IterativeSVD:
             raise ValueError("the representations hold NaN or infinite values")
         chunk = chunk.double()
         self.samples += chunk.shape[1]
-        stacked = chunk if self.basis is None else torch.cat([self.matrix, chunk], 1)
+        stacked = chunk if self.basis is None else torch.cat([self.matrix, chunk], 1)  # G6
         vectors, values = left_singular(stacked)
         squares = values.square()
         if self.keep_values:

@@ -271,7 +271,7 @@ class OneForMore(Detector):
         end = 1.0 if config.end_clean else self.schedule.abar[0].item()
         states, _ = ddim_walk(
             lambda z, t: self.noise(z, t, condition), z_t, self.schedule, times, end
-        )
+        )  # O2
         return states
 
     def noise(self, z_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
@@ -313,5 +313,10 @@ def _check(config: Config) -> None:
     multiple = factor * 2 ** (len(config.multipliers) - 1)
     if config.image_size % multiple:
         raise ValueError(f"image_size must be a multiple of {multiple}, not {config.image_size}")
+    if ddim_times(config.steps, config.walk)[0] >= config.steps:
+        raise ValueError(
+            f"a walk of {config.walk} steps would start outside of the schedule's {config.steps}: "
+            "choose a number that divides it"
+        )
     if config.predicts not in ("noise", "latent"):
         raise ValueError(f"predicts is 'noise' or 'latent', not {config.predicts!r}")

@@ -38,6 +38,12 @@ class History:
         """One scalar over the steps at which it was computed."""
         return [r[name] for r in self.rows if name in r and stage in (None, r["stage"])]
 
+    def ending(self, steps: int = 100) -> dict[str, float]:
+        """The mean of every scalar of the last stage over its last steps."""
+        names = [name for name in self.rows[-1] if name not in ("step", "stage")]
+        last = {name: self.column(name)[-steps:] for name in names}
+        return {name: sum(values) / len(values) for name, values in last.items()}
+
 
 def fit(
     detector: Detector,
@@ -170,6 +176,11 @@ def fit(
             accelerator.wait_for_everyone()
     detector.eval()
     return run.history
+
+
+def trained_weights(out: str | os.PathLike) -> dict[str, Tensor]:
+    """The detector's state at the last checkpoint of a run, in full precision."""
+    return _under("model.", read_tensors(Path(out) / STATE))
 
 
 class Steps(Sampler):
