@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -129,7 +130,8 @@ class Continual:
                 values = self.values(metric, category)
                 row = dict.fromkeys(columns) | dict(zip(columns[k:], values, strict=False))
                 rows.append({"category": category} | row)
-        return Table(("category", *columns), rows, fractions=tuple(columns))
+        fractions = () if metric == "loss" else tuple(columns)
+        return Table(("category", *columns), rows, fractions=fractions)
 
     def share_taken(self) -> list[float]:
         """After each task, the mean share of a layer's directions that memory has taken."""
@@ -150,25 +152,22 @@ def summarise(
 
     "memory" is the mean share of a layer's directions that are taken after the last task.
     """
-    rows, fractions = [], ["memory"]
-    for name, result in results.items():
-        row = {"training": name}
-        for metric in metrics:
-            label = HEADERS[metric]
-            if result.rows[-1][metric] is None:
-                continue  # some defects have no mask
-            row[f"A {label}"] = result.a_metric(metric)
-            if len(result.tasks) > 1:
-                row[f"FM {label}"] = result.forgetting(metric)
-                row[f"new {label}"] = result.plasticity(metric)
-            fractions += [f"A {label}", f"FM {label}", f"new {label}"]
-        if len(result.tasks) > 1:
-            row["FM loss"] = result.forgetting("loss")
-        row["memory"] = result.share_taken()[-1] if result.taken[-1] else None
+    rows, shown = [], []
+    for metric in metrics:  # without masks there are no pixel metrics
+        if all(row[metric] is not None for run in results.values() for row in run.rows):
+            shown.append((metric, HEADERS[metric]))
+    for name, run in results.items():
+        row = {"training": name} | {f"A {label}": run.a_metric(m) for m, label in shown}
+        if len(run.tasks) > 1:
+            row |= {f"FM {label}": run.forgetting(m) for m, label in shown}
+            row |= {f"new {label}": run.plasticity(m) for m, label in shown}
+            row["FM loss"] = run.forgetting("loss")
+        row["memory"] = run.share_taken()[-1] if run.taken[-1] else None
         rows.append(row)
     known = set().union(*rows)
-    order = [c for c in ["training", *fractions[1:], "FM loss", "memory"] if c in known]
-    return Table(tuple(order), rows, fractions=tuple(fractions))
+    fractions = [f"{word} {label}" for _, label in shown for word in ("A", "FM", "new")]
+    order = [c for c in ("training", *fractions, "FM loss", "memory") if c in known]
+    return Table(tuple(order), rows, fractions=(*fractions, "memory"))
 
 
 @torch.no_grad()
@@ -186,6 +185,8 @@ def held_out_loss(detector: Detector, data: AnomalyFolder, seed: int = 0) -> flo
 
 GAMMA = 0.9999  # share of an old task's energy that is protected
 ENERGY = 0.99999  # share of it that the running SVD keeps: more, or gamma could not be reached
+
+HARMLESS = ("save_every", "num_workers", "cpu")  # options of `fit` that may change in between
 
 PROTECTIONS = {
     "none": "fine-tune on each task, as if the others had never been",
@@ -258,9 +259,12 @@ def fit_continual(
         AnomalyFolder(root, "train", categories=sum(map(list, ahead), []), cache=False)
     settings = {"protection": protection, "gamma": gamma, "energy": energy, "every": every}
     settings |= {"later_rate": later_rate}
-    settings |= {"steps": steps, "batch_size": batch_size, "seed": seed} | options
+    settings |= {"steps": steps, "batch_size": batch_size, "seed": seed}
+    settings |= {name: value for name, value in options.items() if name not in HARMLESS}
     settings["config"] = asdict(detector.config)
     _same_run(out / "run.json", {"tasks": result.tasks, **settings})
+    process = PartialState(cpu=options.get("cpu", False))
+    detector.to(process.device)  # bases lie beside the weights
     detector.enter(detector.stages[-1])
     memory = GradientProjectionMemory(detector, gamma=gamma, energy=energy)
     stages = detector.stages
@@ -303,9 +307,11 @@ def fit_continual(
                 "data": {"images": len(train), "categories": list(task)},
                 "final_losses": history.ending(),
             }
-            save_checkpoint(detector, folder / "weights", record, half=True)
-            write_tensors(memory.state_dict(), folder / "memory.safetensors")
-            write_text(json.dumps({"rows": rows, "taken": taken}), folder / "result.json")
+            if process.is_main_process:
+                save_checkpoint(detector, folder / "weights", record, half=True)
+                write_tensors(memory.state_dict(), folder / "memory.safetensors")
+                write_text(json.dumps({"rows": rows, "taken": taken}), folder / "result.json")
+            process.wait_for_everyone()
         load_weights(detector, trained_weights(folder), folder)
         detector.categories = tuple(seen)
         memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
@@ -342,8 +348,13 @@ def _same_run(path: Path, settings: dict) -> None:
 def gather(
     detector: Detector, memory, data: AnomalyFolder, every: int = 1, progress: bool = True
 ) -> None:
-    """Run a detector over a task's images as at inference, and let the memory watch."""
-    chosen = torch.utils.data.Subset(data, range(0, len(data), every))
+    """Run a detector over a task's images as at inference, and let the memory watch.
+
+    Every process takes its share of the images; `memory.extend` brings the shares together.
+    """
+    process = PartialState()
+    share = range(0, len(data), every)[process.process_index :: process.num_processes]
+    chosen = torch.utils.data.Subset(data, share)
     detector.eval()
     with memory.gather():
         batches = tqdm(DataLoader(chosen, 16), "gather", disable=not progress)

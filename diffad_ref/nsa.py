@@ -80,7 +80,7 @@ def _paste_one(image, source, settings: Pasting, rng) -> np.ndarray:
     top, left = rng.integers(half, side - half) - half
     patch = source[top : top + 2 * half[0], left : left + 2 * half[1]]
     new = (2 * half * rng.uniform(*settings.scale)).astype(int)
-    new = np.clip(new, 5, side - 4)  # less is nothing to blend; more has no ground around it
+    new = np.clip(new, 6, side - 4)  # less is nothing to blend; more has no ground around it
     patch = cv2.resize(patch, (int(new[1]), int(new[0])))
     reach = (new + 1) // 2 + 1
     y, x = rng.integers(reach, side - reach + 1)

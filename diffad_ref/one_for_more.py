@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -173,10 +174,10 @@ class OneForMore(Detector):
             config.condition_channels,
             config.condition_strides,
         )
-        self.extractor = {
-            "resnet50": lambda: ResNetFeatures(config.stages_compared),
-            "patches": PatchFeatures,
-        }[config.features]()
+        if config.features == "resnet50":
+            self.extractor = ResNetFeatures(config.stages_compared)
+        else:
+            self.extractor = PatchFeatures()
         self.stages = config.stages
         self.enter(self.stages[-1])
 
@@ -184,13 +185,11 @@ class OneForMore(Detector):
         """Load or learn what comes before all tasks: from photographs, never from their data."""
         if self.config.start is not None and not self.unet.prompt.any():
             start_from_stable_diffusion(self.unet, self.config.start)
-        photographs = None
-        if self.config.codec.kind == "pca" or self.config.features == "patches":
-            size, generator = self.config.image_size, torch.Generator().manual_seed(0)
-            photographs = crop_textures(texture_bank(), 1000, size, generator)
-        self.codec.prepare([{"image": x} for x in photographs] if photographs is not None else None)
+        size = self.config.image_size
+        learns_codec = self.config.codec.kind == "pca"
+        self.codec.prepare([{"image": x} for x in photographs(size)] if learns_codec else None)
         if isinstance(self.extractor, PatchFeatures):
-            self.extractor.prepare(photographs.to(self.device))
+            self.extractor.prepare(photographs(size).to(self.device))
         else:
             self.extractor.prepare()
 
@@ -290,6 +289,12 @@ class OneForMore(Detector):
         )  # O3
 
 
+@lru_cache(maxsize=1)
+def photographs(size: int, count: int = 1000) -> Tensor:
+    """Crops (count, 3, size, size) of the built-in photographs, in [0, 1]; no product is on any."""
+    return crop_textures(texture_bank(), count, size, torch.Generator().manual_seed(0))
+
+
 def learns(name: str, parameter: nn.Parameter) -> bool:
     """Whether a weight of the U-Net is trained: those of convolutions, projections, attention.
 
@@ -318,5 +323,7 @@ def _check(config: Config) -> None:
             f"a walk of {config.walk} steps would start outside of the schedule's {config.steps}: "
             "choose a number that divides it"
         )
+    if config.features not in ("resnet50", "patches"):
+        raise ValueError(f"features are 'resnet50' or 'patches', not {config.features!r}")
     if config.predicts not in ("noise", "latent"):
         raise ValueError(f"predicts is 'noise' or 'latent', not {config.predicts!r}")

@@ -1,0 +1,398 @@
+"""Tasks one after the other: measures by hand, what protections hold, and runs that break off."""
+
+import multiprocessing
+from functools import lru_cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from diffad_ref import one_for_more
+from diffad_ref.anomalies import crop_textures
+from diffad_ref.checkpoints import load_checkpoint, read_description
+from diffad_ref.continual import (
+    ORDERS,
+    PROTECTIONS,
+    Continual,
+    check_tasks,
+    fit_continual,
+    gather,
+    held_out_loss,
+    summarise,
+)
+from diffad_ref.data import AnomalyFolder
+from diffad_ref.evaluation import batch_generator
+from diffad_ref.gradient_projection import GradientProjectionMemory
+from diffad_ref.one_for_more import Config, OneForMore
+from diffad_ref.texture_sources import texture_bank
+from diffad_ref.toy import CATEGORIES, toy_factory
+from diffad_ref.training import trained_weights
+
+SMALL = Config.tiny(
+    32, width=8, norm_groups=4, window=(3, 3), feed_forward=16, condition_layers=1, walk=2
+)
+TASKS = [["gear"], ["brick"]]
+ALL = 1 - 1e-9  # of the energy: what an old task needs least is protected too
+
+pytestmark = pytest.mark.filterwarnings("ignore:no direction is left")  # small layers fill up
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def build():
+    torch.manual_seed(0)
+    return OneForMore(SMALL)
+
+
+def learn(root, out, protection):
+    """Train on both tasks, two steps each; returns the detector and its result."""
+    settings = {"gamma": ALL, "energy": ALL, "steps": 2, "batch_size": 2, "cpu": True}
+    settings |= {"protection": protection, "progress": False}
+    detector = build()
+    return detector, fit_continual(detector, root, TASKS, out, **settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_photographs():
+    """Instead of the thousand that a detector learns its codec and features from."""
+    crops = crop_textures(texture_bank(), 60, 32, seeded())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_for_more, "photographs", lambda size: crops)
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A small toy: two images to learn from in each category."""
+    settings = {"size": 32, "n_train": 2, "n_good": 1, "n_per_kind": 1, "progress": False}
+    return toy_factory(tmp_path_factory.mktemp("toy"), **settings)
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """Gives the finished run under a protection: its folder, detector and result."""
+
+    @lru_cache
+    def run(protection):
+        folder = tmp_path_factory.mktemp(protection)
+        detector, result = learn(root, folder, protection)
+        return SimpleNamespace(folder=folder, detector=detector, result=result)
+
+    return run
+
+
+def after(run, task):
+    """The detector as it was after a task, in full precision."""
+    detector = build()
+    detector.load_state_dict(trained_weights(run.folder / f"task_{task}"))
+    return detector.eval()
+
+
+# ------------------------------------------------------------------------------------- the tasks
+
+
+def test_orders_are_those_of_the_paper():
+    early = "bottle cable capsule carpet grid hazelnut leather metal_nut pill screw".split()
+    late = "tile toothbrush transistor wood zipper".split()
+    boards = "candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1".split()
+    rest = "pcb2 pcb3 pcb4 pipe_fryum".split()
+    mvtec = early + late
+    expected = {
+        "mvtec 14-1": [mvtec[:14], ["zipper"]],
+        "mvtec 10-5": [early, late],
+        "mvtec 3x5": [mvtec[0:3], mvtec[3:6], mvtec[6:9], mvtec[9:12], mvtec[12:15]],
+        "mvtec 10-1x5": [early, *([name] for name in late)],
+        "visa 11-1": [[*boards, *rest[:3]], ["pipe_fryum"]],
+        "visa 8-4": [boards, rest],
+        "visa 8-1x4": [boards, *([name] for name in rest)],
+    }
+    found = {name: [list(task) for task in tasks] for name, tasks in ORDERS.items()}
+    assert sorted(sum(found.pop("toy"), [])) == sorted(CATEGORIES)
+    assert found == expected
+    for tasks in ORDERS.values():
+        check_tasks(tasks)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ([], "every task needs at least one category"),
+        ([["gear"], []], "every task needs at least one category"),
+        ([["gear", "brick"], ["grass"], ["brick", "gear"]], "more than one task: brick, gear"),
+    ],
+)
+def test_tasks_that_are_empty_or_share_a_category_are_refused(tmp_path, tasks, words):
+    for use in (check_tasks, lambda tasks: fit_continual(build(), tmp_path, tasks, tmp_path)):
+        with pytest.raises(ValueError, match=words):
+            use(tasks)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------- the measures
+
+AUROC = {"a": (0.9, 0.7, 0.75), "b": (0.8, 0.85, 0.5), "c": (0.6, 0.65), "d": (0.4,)}
+LOSS = {"a": (0.1, 0.3, 0.2), "b": (0.2, 0.1, 0.4), "c": (0.5, 0.4), "d": (0.9,)}
+
+
+def three_tasks():
+    rows = []
+    for task, categories in enumerate(("ab", "abc", "abcd")):
+        for name in categories:
+            k = task - {"a": 0, "b": 0, "c": 1, "d": 2}[name]
+            row = {"task": task, "category": name, "image_auroc": AUROC[name][k]}
+            rows.append(row | {"pixel_ap": AUROC[name][k], "loss": LOSS[name][k]})
+    taken = [{"x": [1, 4], "y": [3, 6]}, {"x": [2, 4], "y": [6, 6]}, {"x": [4, 4], "y": [6, 6]}]
+    return Continual([["a", "b"], ["c"], ["d"]], rows, taken)
+
+
+def test_measures_by_hand():
+    result = three_tasks()
+    assert result.a_metric("image_auroc") == pytest.approx((0.75 + 0.5 + 0.65 + 0.4) / 4)
+    assert result.forgetting("image_auroc") == pytest.approx((0.15 + 0.35 - 0.05) / 3)
+    assert result.plasticity("image_auroc") == pytest.approx((0.6 + 0.4) / 2)
+    assert result.share_taken() == pytest.approx([0.375, 0.75, 1])
+
+
+def test_a_loss_that_grew_is_forgetting_and_one_that_fell_is_the_contrary():
+    """From the best, which is the smallest: 0.1 to 0.2, 0.1 to 0.4, 0.5 to 0.4."""
+    assert three_tasks().forgetting("loss") == pytest.approx((0.1 + 0.3 - 0.1) / 3)
+
+
+def test_table_has_a_row_for_each_category_and_leaves_cells_empty_before_it_was_learned():
+    lines = str(three_tasks().table()).splitlines()
+    assert lines[0] == "| category | after task 1 | after task 2 | after task 3 |"
+    assert lines[2] == "| a | 90.0 | 70.0 | 75.0 |" and lines[5] == "| d |  |  | 40.0 |"
+
+
+def test_summary_of_one_run_holds_its_measures():
+    [row] = summarise({"mine": three_tasks()}, ["image_auroc"]).rows
+    expected = {"A image AUROC": 0.575, "FM image AUROC": 0.15, "new image AUROC": 0.5}
+    assert row == pytest.approx({"training": "mine", **expected, "FM loss": 0.1, "memory": 1.0})
+
+
+def test_with_one_task_there_is_nothing_to_forget():
+    one = Continual([["a"]], three_tasks().rows[:1], [{}])
+    with pytest.raises(ValueError, match="forgetting needs at least two tasks"):
+        one.forgetting("image_auroc")
+    table = summarise({"mine": one}, ["image_auroc"])
+    assert table.columns == ("training", "A image AUROC", "memory")
+    assert table.rows[0]["memory"] is None
+
+
+def test_summary_of_several_runs_names_each_measure_once():
+    table = summarise({"one": three_tasks(), "two": three_tasks()})
+    assert len(table.columns) == len(set(table.columns)) == 9
+    assert [row["training"] for row in table.rows] == ["one", "two"]
+
+
+@pytest.mark.parametrize("category", AUROC)
+def test_category_without_masks_leaves_the_measures_of_images_to_a_summary(category):
+    result = three_tasks()
+    for row in result.rows:
+        row["pixel_ap"] = None if row["category"] == category else row["pixel_ap"]
+    assert summarise({"mine": result}).rows[0]["FM image AUROC"] == pytest.approx(0.15)
+
+
+class Counting(nn.Module):
+    """Its loss is the mean of the images, and it runs a layer on them as they come."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.device, self.seen = nn.Linear(1, 1), torch.device("cpu"), []
+
+    def training_loss(self, batch, generator=None):
+        self.seen.append(torch.randn(1, generator=generator).item())
+        return {"loss": torch.zeros(()), "noise": batch["image"].mean()}
+
+    def predict(self, images, category_index=None, generator=None):
+        self.layer(images)
+
+
+def numbers(count):
+    return [{"image": torch.tensor([float(i)]), "category_index": 0} for i in range(count)]
+
+
+def test_held_out_loss_is_the_mean_over_images_with_the_same_noise_each_time():
+    """20 images are a batch of 16 and one of 4."""
+    detector = Counting()
+    assert held_out_loss(detector, numbers(20)) == pytest.approx(9.5)
+    torch.manual_seed(5)
+    held_out_loss(detector, numbers(20))
+    assert detector.seen[:2] == detector.seen[2:] and detector.seen[0] != detector.seen[1]
+
+
+@pytest.mark.parametrize(("every", "count"), [(1, 35), (2, 18), (10, 4)])
+def test_gathering_takes_every_so_manyth_image(every, count):
+    detector = Counting()
+    memory = GradientProjectionMemory(detector)
+    gather(detector, memory, numbers(35), every, progress=False)
+    assert memory.seen["layer"].samples == count
+
+
+# ------------------------------------------------------------------------------------ protections
+
+
+def predict_old(detector, root):
+    """The prediction for the first task's images that its memory was gathered from."""
+    data = AnomalyFolder(root, "train", 32, TASKS[0])
+    images = torch.stack([sample["image"] for sample in data])
+    return detector.predict(images, generator=batch_generator(detector.device, 0, 0))
+
+
+@torch.no_grad()
+def changes_of_layers(run, root):
+    """By layer: how much its output on old inputs changed in the second task, and its weight."""
+    old, inputs, found = after(run, 1), {}, {}
+    for name, layer in GradientProjectionMemory(old).layers.items():
+        seen = inputs[name] = []
+        layer.register_forward_pre_hook(lambda layer, x, seen=seen: seen.append(x[0]))
+    predict_old(old, root)
+    before, new = (GradientProjectionMemory(after(run, task)).layers for task in (1, 2))
+    for name, seen in inputs.items():
+        outputs = [torch.cat([layer(x) for x in seen]) for layer in (before[name], new[name])]
+        weights = before[name].weight, new[name].weight
+        found[name] = [
+            ((b - a).norm() / a.norm().clamp(min=1e-9)).item() for a, b in (outputs, weights)
+        ]
+    return found
+
+
+def test_projected_updates_change_weights_but_nothing_that_old_inputs_feel(finished, root):
+    found = changes_of_layers(finished("update"), root)
+    assert max(change for change, _ in found.values()) < 1e-4
+    assert sum(moved > 1e-4 for _, moved in found.values()) >= 10
+    taken = finished("update").result.taken[0]
+    full = [name for name, (rank, of) in taken.items() if rank == of]
+    assert full and all(found[name][1] < 1e-5 for name in full)  # these learn no more
+
+
+@pytest.mark.parametrize("protection", ["none", "frozen", "gradient"])
+def test_under_other_protections_old_inputs_feel_the_new_task(finished, root, protection):
+    """Of a gradient that was projected, Adam makes a step that is not."""
+    found = changes_of_layers(finished(protection), root)
+    assert max(change for change, _ in found.values()) > 3e-4
+
+
+def test_prediction_for_old_images_stays_under_projected_updates_alone(finished, root):
+    gaps = {}
+    for protection in PROTECTIONS:
+        run = finished(protection)
+        maps = [predict_old(after(run, task), root).anomaly_map for task in (1, 2)]
+        gaps[protection] = ((maps[1] - maps[0]).norm() / maps[0].norm()).item()
+    assert gaps.pop("update") < 1e-5 < 3e-5 < min(gaps.values())
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_norms_and_biases_move_in_the_second_task_only_without_protection(finished, protection):
+    run = finished(protection)
+    old, new = (after(run, task).state_dict() for task in (1, 2))
+    protected = {f"{name}.weight" for name in GradientProjectionMemory(build()).layers}
+    moved = {name for name in old if not torch.equal(old[name], new[name])}
+    assert len(moved & protected) > 20
+    assert bool(moved - protected) is (protection == "none")
+    assert ("condition.encoder.0.norm1.bias" in moved) is (protection == "none")
+
+
+def test_first_task_is_the_same_under_every_protection(finished):
+    first, *others = (after(finished(name), 1).state_dict() for name in PROTECTIONS)
+    assert all(torch.equal(state[name], first[name]) for state in others for name in first)
+
+
+def test_memory_grows_with_the_tasks_and_only_where_something_is_gathered(finished):
+    first, second = finished("update").result.share_taken()
+    assert 0 < first <= second <= 1
+    for protection in ("none", "frozen"):
+        assert finished(protection).result.taken == [{}, {}]
+
+
+def test_unknown_protection_is_answered_with_the_known_ones(tmp_path, root):
+    with pytest.raises(ValueError, match="one of none, frozen, gradient, update, not 'all'"):
+        learn(root, tmp_path, "all")
+
+
+def test_layer_whose_memory_is_full_learns_no_more():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+    memory = GradientProjectionMemory(network, gamma=1.0, energy=1.0)
+    with memory.gather():
+        network(torch.randn(5, 3, generator=seeded()))
+    with pytest.warns(UserWarning, match="no direction is left in 1 layers.*: 0"):
+        memory.extend()
+    before = [network[k].weight.detach().clone() for k in (0, 2)]
+    optimizer = torch.optim.AdamW(network.parameters(), 0.05, weight_decay=0.1)
+    memory.protect(optimizer, rest="freeze")
+    for _ in range(5):
+        network(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+    assert torch.allclose(network[0].weight, before[0], atol=1e-5)
+    assert not torch.allclose(network[2].weight, before[1], atol=1e-2)
+
+
+# ------------------------------------------------------------------------------ results and files
+
+
+def test_result_has_a_row_for_each_task_and_category_seen_by_then(finished):
+    result = finished("update").result
+    keys = [(row["task"], row["category"]) for row in result.rows]
+    assert keys == [(0, "gear"), (1, "gear"), (1, "brick")]
+    assert all(0 <= row["image_auroc"] <= 1 and row["loss"] > 0 for row in result.rows)
+    assert Continual(**result.to_dict()) == result
+
+
+def test_weights_of_each_task_load_as_a_detector_that_knows_the_tasks_so_far(finished):
+    """In half precision; the run itself goes on in full."""
+    run = finished("update")
+    for task, categories in ((1, ("gear",)), (2, ("gear", "brick"))):
+        path = run.folder / f"task_{task}" / "weights.safetensors"
+        loaded, whole = load_checkpoint(path, method="OneForMore"), after(run, task).state_dict()
+        assert loaded.categories == categories and loaded.config == SMALL
+        for name, value in loaded.state_dict().items():
+            assert torch.allclose(value, whole[name], atol=1e-4, rtol=1e-3), name
+        assert read_description(path)["record"]["tasks"] == TASKS[:task]
+    assert run.detector.categories == ("gear", "brick") and not run.detector.training
+    assert all(torch.equal(v, whole[name]) for name, v in run.detector.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------- two processes
+
+
+def projectors(rank=0, world=1):
+    """What two tasks leave in a memory, of which a process sees its share of the images."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 2))
+    memory = GradientProjectionMemory(network, gamma=0.9, energy=1.0)
+    for task in (0, 1):
+        coarse = torch.randn(8, 2, 2, 2, generator=seeded(task))
+        images = nn.functional.interpolate(coarse, size=4, mode="bilinear")
+        with memory.gather(), torch.no_grad():
+            network(images[rank::world])
+        memory.extend()
+    return {name: basis @ basis.T for name, basis in memory.bases.items()}
+
+
+def gather_a_share(rank, folder):
+    """What one of two processes does."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    torch.save(projectors(rank, 2), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_gather_the_memory_of_one_that_sees_everything(tmp_path):
+    context = multiprocessing.get_context("fork")  # another start would import everything anew
+    processes = [context.Process(target=gather_a_share, args=(k, tmp_path)) for k in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    whole, share = projectors(), projectors(0, 2)
+    assert all(torch.equal(first[name], second[name]) for name in ("0", "2"))
+    assert all(torch.allclose(first[name], whole[name], atol=1e-4) for name in ("0", "2"))
+    assert not torch.allclose(first["2"], share["2"], atol=1e-2)

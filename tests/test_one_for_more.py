@@ -1,0 +1,392 @@
+"""One-for-More: its training loss, its walk with networks that are perfect, and its comparison."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import nn
+
+from diffad_ref import one_for_more
+from diffad_ref.anomalies import crop_textures
+from diffad_ref.backbones import count_parameters
+from diffad_ref.checkpoints import load_checkpoint, save_checkpoint
+from diffad_ref.detector import Rate, Stage
+from diffad_ref.diffusion import add_noise, ddim_times, draw_noise, implied_noise
+from diffad_ref.nsa import Pasting
+from diffad_ref.one_for_more import Config, OneForMore, learns
+from diffad_ref.texture_sources import texture_bank
+from diffad_ref.training import fit
+
+SMALL = Config.tiny(
+    32,
+    width=8,
+    norm_groups=4,
+    window=(3, 3),
+    feed_forward=16,
+    condition_layers=1,
+    walk=2,
+    pasting=Pasting(share=1.0),
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@lru_cache
+def photographs(count=60, seed=0):
+    """Far fewer than the thousand that a detector learns its codec and features from."""
+    return crop_textures(texture_bank(), count, 32, seeded(seed))
+
+
+@pytest.fixture(autouse=True)
+def few_photographs(monkeypatch):
+    monkeypatch.setattr(one_for_more, "photographs", lambda size: photographs())
+
+
+def build(seed=0, **changes):
+    """A small detector whose codec and features are ready."""
+    torch.manual_seed(seed)
+    detector = OneForMore(replace(SMALL, **changes))
+    detector.prepare(None)
+    return detector.eval()
+
+
+def images(count=2):
+    return photographs(20, 1)[:count]
+
+
+def batch_of(count=4):
+    return {"image": images(count)}
+
+
+def latents(detector, x):
+    return detector.codec.encode(x * 2 - 1)
+
+
+# ------------------------------------------------------------------------------------- the config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"condition_strides": (1, 1, 2, 1, 2, 1, 2, 1)}, "condition is 1/8 of the image, latents"),
+        ({"condition_strides": (1,) * 8}, "1/1 of the image, .* choose condition_strides .* 4"),
+        ({"image_size": 36}, "image_size must be a multiple of 8, not 36"),
+        ({"image_size": 40, "multipliers": (1, 1, 1)}, "must be a multiple of 16, not 40"),
+        ({"predicts": "velocity"}, "predicts is 'noise' or 'latent', not 'velocity'"),
+        ({"schedule": "square"}, "unknown schedule 'square'"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        OneForMore(replace(SMALL, **changes))
+
+
+def test_unknown_features_are_refused_in_words():
+    with pytest.raises(ValueError, match="vgg"):
+        OneForMore(replace(SMALL, features="vgg"))
+
+
+def test_published_size_has_the_published_numbers_of_weights():
+    with torch.device("meta"):
+        detector = OneForMore()
+    assert count_parameters(detector.unet) == 859_520_964
+    assert count_parameters(detector.condition) == 9_641_656
+    assert detector.config == Config.paper()
+
+
+# ------------------------------------------------------------------------------------ what learns
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("unet.conv_in.weight", (8, 4, 3, 3), True),
+        ("unet.conv_in.bias", (8,), False),
+        ("unet.mid_block.attentions.0.norm.weight", (8,), False),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight", (8, 8), True),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight", (8, 32), True),
+        ("unet.time_embedding.linear_1.weight", (32, 8), False),
+        ("unet.mid_block.resnets.0.time_emb_proj.weight", (8, 32), False),
+        ("unet.mid_block.resnets.0.conv1.weight", (8, 8, 3, 3), True),
+    ],
+)
+def test_weights_of_convolutions_and_attention_learn_and_nothing_else(name, shape, expected):
+    assert learns(name, nn.Parameter(torch.zeros(shape))) is expected
+
+
+def test_parts_that_a_stage_does_not_name_are_frozen():
+    detector = build()
+    assert not any(p.requires_grad for p in detector.extractor.parameters())
+    assert all(p.requires_grad for p in detector.condition.parameters())
+    detector.enter(Stage("condition", 1, 1, {"condition": Rate(1e-3)}))
+    assert not any(p.requires_grad for p in detector.unet.parameters())
+    detector.enter(Stage("unet", 1, 1, {"unet": Rate(1e-3)}))
+    assert not any(p.requires_grad for p in detector.condition.parameters())
+    learning = {n for n, p in detector.unet.named_parameters() if p.requires_grad}
+    assert learning and not any("bias" in n or "norm" in n or "time_emb" in n for n in learning)
+
+
+def test_training_leaves_codec_features_and_frozen_weights_as_they_are():
+    detector = build()
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    samples = [{"image": image} for image in images(4)]
+    fit(detector, samples, 2, 2, progress=False, cpu=True)
+    moved = {n for n, value in detector.state_dict().items() if not torch.equal(value, before[n])}
+    frozen = {name for name, p in detector.named_parameters() if not p.requires_grad}
+    assert not moved & frozen
+    assert not any(name.startswith(("codec", "extractor")) for name in moved)
+    assert {"unet.unet.conv_in.weight", "condition.convolutions.0.weight"} <= moved
+
+
+# --------------------------------------------------------------------------------------- the loss
+
+
+def test_loss_is_the_sum_of_its_two_parts():
+    detector = build(masked_weight=3.0)
+    losses = detector.training_loss(batch_of(), seeded())
+    assert set(losses) == {"loss", "noise", "masked"}
+    assert all(value.ndim == 0 and value.isfinite() for value in losses.values())
+    assert losses["loss"].item() == pytest.approx((losses["noise"] + losses["masked"]).item())
+    plain = build().training_loss(batch_of(), seeded())
+    assert losses["masked"].item() == pytest.approx(3 * plain["masked"].item(), rel=1e-5)
+    assert losses["noise"].item() == plain["noise"].item()
+
+
+@pytest.mark.parametrize("part", ["noise", "masked"])
+def test_condition_learns_from_both_losses_and_the_unet_from_one(part):
+    detector = build()
+    detector.training_loss(batch_of(), seeded())[part].backward()
+    assert all(p.grad is not None and p.grad.any() for p in detector.condition.parameters())
+    reached = [p.grad is not None for p in detector.unet.parameters()]
+    assert any(reached) is (part == "noise")
+
+
+def test_biases_norms_and_time_layers_of_the_unet_get_no_gradient():
+    detector = build()
+    detector.training_loss(batch_of(), seeded())["loss"].backward()
+    for name, parameter in detector.unet.named_parameters():
+        assert (parameter.grad is not None) is learns(name, parameter), name
+
+
+def test_condition_sees_the_pasted_image_and_its_features_the_clean_one(monkeypatch):
+    detector, seen = build(), []
+    pasted, features = torch.rand(4, 3, 32, 32), detector.condition.features
+    monkeypatch.setattr(one_for_more, "paste", lambda *rest: (pasted, None))
+    monkeypatch.setattr(detector.condition, "features", lambda x: seen.append(x) or features(x))
+    detector.training_loss(batch_of(), seeded())
+    assert len(seen) == 2  # within the condition, and for the masked loss
+    assert torch.equal(seen[0], pasted) and torch.equal(seen[1], batch_of()["image"])
+
+
+@pytest.mark.parametrize("predicts", ["latent", "noise"])
+def test_unet_that_knows_the_clean_latent_has_no_loss(monkeypatch, predicts):
+    """Of the image without patches, whatever the condition shows."""
+    detector = build(predicts=predicts)
+    z_0 = latents(detector, batch_of()["image"])
+
+    def exact(z_t, t, condition):
+        if predicts == "latent":
+            return z_0
+        return implied_noise(z_t, z_0, detector.schedule.at(t))
+
+    monkeypatch.setattr(detector.unet, "forward", exact)
+    assert detector.training_loss(batch_of(), seeded())["noise"].item() < 1e-4
+
+
+def test_training_visits_all_time_steps(monkeypatch):
+    detector, seen = build(), []
+    monkeypatch.setattr(detector.unet, "forward", lambda z, t, c: seen.extend(t.tolist()) or z)
+    with torch.no_grad():
+        for seed in range(15):
+            detector.training_loss(batch_of(20), seeded(seed))
+    assert min(seen) < 20 and max(seen) > 979 and len(set(seen)) > 200
+
+
+def test_loss_depends_on_its_generator_and_not_on_the_global_seed():
+    detector, values = build(), []
+    for seed, global_seed in ((0, 0), (0, 1), (1, 1)):
+        torch.manual_seed(global_seed)
+        values.append(detector.training_loss(batch_of(), seeded(seed))["loss"].item())
+    assert values[0] == values[1] != values[2]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40, 40), (2, 3, 32, 40), (3, 32, 32), (2, 1, 32, 32)])
+def test_images_of_another_size_are_refused(shape):
+    detector, x = build(), torch.rand(shape)
+    for use in (detector.predict, lambda x: detector.training_loss({"image": x})):
+        with pytest.raises(ValueError, match=r"32 x 32|expected"):
+            use(x)
+
+
+# --------------------------------------------------------------------------------------- the walk
+
+
+def calls(detector, monkeypatch):
+    """The latents and time steps that the U-Net is asked about."""
+    seen, real = [], detector.unet.forward
+
+    def forward(z, t, condition):
+        seen.append((z, t))
+        return real(z, t, condition)
+
+    monkeypatch.setattr(detector.unet, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("walk", [1, 2, 5, 7, 10])
+def test_unet_is_called_once_a_step_and_the_condition_once_a_walk(monkeypatch, walk):
+    """No doubled batch either: there is no guidance."""
+    detector, conditions = build(walk=walk), []
+    detector.condition.register_forward_hook(lambda *rest: conditions.append(1))
+    seen, times = calls(detector, monkeypatch), ddim_times(1000, walk)
+    states = detector.reconstruct(images(3), latents(detector, images(3)), seeded())
+    assert len(states) == len(seen) == len(times) and len(conditions) == 1
+    assert [t.tolist() for _, t in seen] == [[time] * 3 for time in times]
+    assert all(state.shape == (3, 12, 8, 8) for state in states)
+
+
+@pytest.mark.parametrize("walk", [0, 3, 9, 27, 1000, 1001])
+def test_number_of_steps_that_leaves_the_schedule_is_refused_in_words(walk):
+    """Every 333rd step of 1000, counted from 1, would end at step 1000: one too far."""
+    with pytest.raises(ValueError, match=f"{walk} steps .*1000"):
+        build(walk=walk).predict(images(1))
+
+
+def test_walk_starts_from_the_level_of_the_argument_or_the_config_or_its_first_step(monkeypatch):
+    x = images(2)
+    for level, argument, expected in (
+        (None, None, 501),
+        (999, None, 999),
+        (999, 30, 30),
+        (9, 0, 0),
+    ):
+        detector = build(level=level)
+        z_0, seen = latents(detector, x), calls(detector, monkeypatch)
+        detector.reconstruct(x, z_0, seeded(), argument)
+        noisy = add_noise(z_0, draw_noise(z_0, seeded()), detector.schedule.abar[expected].float())
+        assert torch.allclose(seen[0][0], noisy, atol=1e-6), expected
+
+
+def test_walk_ends_at_the_estimate_or_as_released_at_the_first_level(monkeypatch):
+    estimate, found = torch.randn(2, 12, 8, 8, generator=seeded()), []
+    for end_clean in (True, False):
+        detector = build(end_clean=end_clean)
+        monkeypatch.setattr(detector.unet, "forward", lambda z, t, condition: estimate)
+        found.append(detector.reconstruct(images(), estimate, seeded())[-1])
+    assert torch.allclose(found[0], estimate, atol=1e-4)
+    noise, abar = draw_noise(estimate, seeded()), detector.schedule.abar[0].float()
+    assert torch.allclose(found[1], add_noise(estimate, noise, abar), atol=1e-3)
+
+
+def test_noise_is_what_the_unet_puts_out_or_what_its_latent_implies():
+    z_t, t = torch.randn(2, 12, 8, 8, generator=seeded()), torch.tensor([10, 900])
+    with torch.no_grad():
+        for predicts in ("noise", "latent"):
+            detector = build(predicts=predicts)
+            condition = detector.condition(images(2))
+            noise, output = detector.noise(z_t, t, condition), detector.unet(z_t, t, condition)
+            if predicts == "noise":
+                assert torch.equal(noise, output)
+            else:
+                again = add_noise(output, noise, detector.schedule.at(t))
+                assert torch.allclose(again, z_t, atol=1e-5)
+
+
+def test_condition_reaches_the_reconstruction():
+    detector, x = build(), images(2)
+    z_0 = latents(detector, x)
+    found = [detector.reconstruct(c, z_0, seeded())[-1] for c in (x, x.flip(0))]
+    assert not torch.allclose(*found, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------- prediction
+
+
+def test_prediction_has_the_shapes_and_ranges_of_the_contract():
+    found = build().predict(images(3))
+    assert found.anomaly_map.shape == (3, 32, 32) and found.score.shape == (3,)
+    assert found.reconstruction.shape == found.parts["decoded"].shape == (3, 3, 32, 32)
+    assert torch.equal(found.score, found.anomaly_map.flatten(1).amax(1))
+    assert found.anomaly_map.min() >= 0 and not found.anomaly_map.requires_grad
+    for rebuilt in (found.reconstruction, found.parts["decoded"]):
+        assert 0 <= rebuilt.min() and rebuilt.max() <= 1
+
+
+def test_prediction_depends_on_its_generator_alone_and_without_one_on_seed_0():
+    detector, found = build(), []
+    for global_seed, generator in ((0, None), (1, None), (2, seeded()), (3, seeded(1))):
+        torch.manual_seed(global_seed)
+        found.append(detector.predict(images(), generator=generator).anomaly_map)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[3])
+
+
+def test_category_index_is_not_looked_at():
+    detector = build()
+    found = [detector.predict(images(), c) for c in (None, torch.tensor([0, 1]), "anything")]
+    assert torch.equal(found[0].anomaly_map, found[1].anomaly_map)
+    assert torch.equal(found[0].anomaly_map, found[2].anomaly_map)
+
+
+def test_perfect_unet_finds_no_defect(monkeypatch):
+    detector, x = build(), images(2)
+    z_0 = latents(detector, x)
+    monkeypatch.setattr(detector.unet, "forward", lambda z, t, condition: z_0)
+    found = detector.predict(x)
+    assert torch.allclose(found.reconstruction, found.parts["decoded"], atol=1e-3)
+    assert found.score.max() < 0.05
+
+
+def test_unet_that_rebuilds_the_normal_image_finds_the_defect_where_it_is(monkeypatch):
+    detector, x = build(), images(2)
+    z_0, defective = latents(detector, x), x.clone()
+    defective[..., 8:16, 20:28] = 1 - defective[..., 8:16, 20:28]
+    monkeypatch.setattr(detector.unet, "forward", lambda z, t, condition: z_0)
+    for heat in detector.predict(defective).anomaly_map:
+        row, column = divmod(heat.argmax().item(), 32)
+        assert 6 <= row <= 18 and 18 <= column <= 30
+        assert heat[8:16, 20:28].mean() > 5 * heat[24:, :12].mean()
+
+
+def test_map_is_zero_for_equal_images_and_the_same_in_both_directions():
+    detector, (a, b) = build(), images(2).unsqueeze(1)
+    assert not detector.compare(a, a).any()
+    assert torch.allclose(detector.compare(a, b), detector.compare(b, a))
+
+
+def test_smoothing_spreads_the_map():
+    a, b = images(2).unsqueeze(1)
+    sharp, smooth = (build(sigma=sigma).compare(a, b) for sigma in (0.0, 4.0))
+    assert smooth.std() < sharp.std() and smooth.max() < sharp.max()
+
+
+# ------------------------------------------------------------------------------- before and after
+
+
+def test_detector_must_be_prepared_before_it_predicts():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="the codec has learned no components yet"):
+        OneForMore(SMALL).predict(images())
+
+
+def test_preparation_looks_at_no_data_of_the_task_and_happens_once(monkeypatch):
+    detector = build()
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    others = photographs(60, 2)
+    monkeypatch.setattr(one_for_more, "photographs", lambda size: others)
+    detector.prepare([{"image": image} for image in others])
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
+    assert build(1).codec.components.sub(detector.codec.components).any()
+
+
+def test_saved_detector_predicts_as_before(tmp_path):
+    detector = build(window=None, level=999)
+    detector.categories = ("brick", "gear")
+    save_checkpoint(detector, tmp_path / "weights")
+    loaded = load_checkpoint(tmp_path / "weights", method="OneForMore")
+    assert loaded.config == detector.config and loaded.categories == ("brick", "gear")
+    found = [d.predict(images(), generator=seeded()).anomaly_map for d in (detector, loaded)]
+    assert torch.equal(*found)
