@@ -1,4 +1,4 @@
-"""The command line: `python -m diffad_ref data|train|continual|evaluate|plan|predict`."""
+"""The command line: `python -m diffad_ref data|train|continual|evaluate|compare|plan|predict`."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--later-rate", type=float, default=1.0, help="learning rate after task 1, as a share"
     )
+    sub.add_argument("--later-steps", type=positive, help="steps of each task after task 1")
     sub.add_argument("--save", type=Path, help="write results and command as JSON")
     _add_training(sub)
 
@@ -100,6 +101,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--record", action="store_true", help="write it into the weights' .json")
     sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
+    sub = command(commands.compare, "put several reports into one table")
+    sub.add_argument(
+        "reports",
+        nargs="+",
+        type=Path,
+        help="files of `evaluate --save`; their names name the rows",
+    )
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, fractions in [0, 1]")
+    form.add_argument("--csv", action="store_true", help="print CSV, fractions in [0, 1]")
+
     sub = command(commands.plan, "what training at the papers' size costs; needs no GPU")
     sub.add_argument("--utilisation", type=float, default=UTILISATION, help="share of a GPU's peak")
     sub.add_argument(
@@ -110,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("weights", help="a .safetensors file with its .json")
     sub.add_argument("images", type=Path, help="an image or a folder of images")
     sub.add_argument("--category", help="what they show, for a model that must know")
-    sub.add_argument("--out", required=True, type=Path, help="folder for heat maps and scores.csv")
+    sub.add_argument(
+        "--out", required=True, type=Path, help="folder for heat maps, scores.csv, sheet.html"
+    )
     sub.add_argument("--batch-size", type=positive, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
     return parser

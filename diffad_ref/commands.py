@@ -38,6 +38,7 @@ from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.latents import CachedLatents
 from diffad_ref.official_deco_diff import start_from_imagenet
 from diffad_ref.one_for_more import OneForMore
+from diffad_ref.sheet import write_sheet
 from diffad_ref.tables import HEADERS
 from diffad_ref.texture_sources import texture_bank
 from diffad_ref.toy import toy_factory
@@ -101,6 +102,7 @@ def continual(arguments) -> None:
         energy=arguments.energy,
         every=arguments.every,
         later_rate=arguments.later_rate,
+        later_steps=arguments.later_steps,
         **_training(arguments),
     )
     for number in range(len(tasks)):
@@ -266,23 +268,54 @@ def predict(arguments) -> None:
         data.samples = [sample for sample in data.samples if sample.path == image]
     if not data.samples:
         raise ValueError(f"{image} does not end as an image does")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["path", "score"])
-    loader = DataLoader(data, arguments.batch_size)
-    for number, batch in enumerate(tqdm(loader, "predict")):
+    records, maps = [], []
+    for number, batch in enumerate(tqdm(DataLoader(data, arguments.batch_size), "predict")):
         generator = evaluation.batch_generator(detector.device, arguments.seed, number)
         classes = None if category is None else torch.full((len(batch["image"]),), category)
         prediction = detector.predict(batch["image"], classes, generator=generator)
-        for i, path in enumerate(batch["path"]):
+        maps.append(prediction.anomaly_map.half().cpu())
+        for path, score in zip(batch["path"], prediction.score.tolist(), strict=True):
             name = Path(path).relative_to(folder)  # sub-folders may hold files of equal name
-            heat_map = arguments.out / name.with_name(f"{name.name}_map.png")
-            heat_map.parent.mkdir(parents=True, exist_ok=True)
-            save_heat_map(batch["image"][i], prediction.anomaly_map[i], heat_map)
-            rows.writerow([path, f"{prediction.score[i]:.6f}"])
+            heat_map = name.with_name(f"{name.name}_map.png")
+            records.append({"path": path, "name": name, "score": score, "map": heat_map})
+    maps = torch.cat(maps).float()
+    limits = (0.0, max(1.0, maps.max().item()))  # one scale for all; most methods end at 1
+    for record, sample, anomaly_map in zip(records, data, maps, strict=True):
+        path = arguments.out / record["map"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_heat_map(sample["image"], anomaly_map, path, limits)
+    write_sheet(records, arguments.out / "sheet.html", f"{len(records)} images, {folder.name}")
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["path", "score"])
+    rows.writerows([record["path"], f"{record['score']:.6f}"] for record in records)
     write_text(table.getvalue(), arguments.out / "scores.csv")
     print(arguments.out / "scores.csv")
+    print(arguments.out / "sheet.html")
+
+
+def compare(arguments) -> None:
+    """One table of several reports that `evaluate --save` wrote."""
+    reports = {}
+    for path in arguments.reports:
+        name = path.stem.replace("_", " ")
+        if name in reports:
+            raise ValueError(f"two reports are called {name!r}: give the files different names")
+        try:
+            reports[name] = evaluation.Report.from_dict(json.loads(path.read_text())["report"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no report that `evaluate --save` wrote") from error
+    table = evaluation.compare(reports)
+    if arguments.json:
+        print(json.dumps(table.rows, indent=1))
+        return
+    if arguments.csv:
+        print(table.to_csv(), end="")
+        return
+    print(table)
+    for metric in ("image_auroc", "pixel_ap"):
+        print(f"\n{HEADERS[metric]} by kind of defect\n")
+        print(evaluation.compare_kinds(reports, metric))
 
 
 def _category(detector, name: str | None) -> int | None:

@@ -183,7 +183,7 @@ def held_out_loss(detector: Detector, data: AnomalyFolder, seed: int = 0) -> flo
 
 # ------------------------------------------------------------------------------------------ loop
 
-GAMMA = 0.9999  # share of an old task's energy that is protected
+GAMMA = 0.999  # share of an old task's energy that is protected
 ENERGY = 0.99999  # share of it that the running SVD keeps: more, or gamma could not be reached
 
 HARMLESS = ("save_every", "num_workers", "cpu")  # options of `fit` that may change in between
@@ -207,6 +207,7 @@ def fit_continual(
     energy: float = ENERGY,
     every: int = 1,
     later_rate: float = 1.0,
+    later_steps: int | None = None,
     batch_size: int | None = None,
     steps: int | None = None,
     seed: int = 0,
@@ -236,6 +237,8 @@ def fit_continual(
     later_rate : float
         Learning rate of every task but the first, as a share of the recipe's. A network that
         starts from scratch must move far in its first task; later it should not.
+    later_steps : int, optional
+        Steps of every task but the first, instead of `steps`.
     batch_size, steps, seed, progress, options
         As for `fit`, for each task.
 
@@ -258,7 +261,7 @@ def fit_continual(
     if ahead:  # what is missing is better known now than hours later
         AnomalyFolder(root, "train", categories=sum(map(list, ahead), []), cache=False)
     settings = {"protection": protection, "gamma": gamma, "energy": energy, "every": every}
-    settings |= {"later_rate": later_rate}
+    settings |= {"later_rate": later_rate, "later_steps": later_steps}
     settings |= {"steps": steps, "batch_size": batch_size, "seed": seed}
     settings |= {name: value for name, value in options.items() if name not in HARMLESS}
     settings["config"] = asdict(detector.config)
@@ -285,7 +288,7 @@ def fit_continual(
             history = fit(
                 detector,
                 train,
-                steps,
+                (later_steps or steps) if number else steps,
                 batch_size,
                 out=folder,
                 seed=seed + number,
