@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffad_ref import plan
 from diffad_ref.continual import Continual, summarise
 from diffad_ref.evaluation import Report, compare, compare_kinds
 from diffad_ref.tables import HEADERS
@@ -138,3 +139,11 @@ def continual_table(description: Path) -> str:
     table = summarise({name: Continual(**run["continual"]) for name, run in runs.items()})
     listing = "\n".join(run["command"] for run in runs.values())
     return f"{table}\n\nMade by\n\n```bash\n{listing}\n```\n"
+
+
+def plan_tables() -> str:
+    """What the papers' sizes cost: weights and arithmetic, memory, hours."""
+    plans = plan.paper_plans()
+    share = f"Hours of the whole recipe, at {plan.UTILISATION:.0%} of a GPU's peak in 16 bit:"
+    parts = [plan.size_table(plans), "Memory of a training step:", plan.memory_table(plans)]
+    return "\n\n".join(map(str, [*parts, share, plan.hours_table(plans)])) + "\n"

@@ -24,7 +24,14 @@ from pathlib import Path
 import yaml
 
 from check_pages import problems
-from generated import continual_table, interval_table, notebook_table, result_tables, status_page
+from generated import (
+    continual_table,
+    interval_table,
+    notebook_table,
+    plan_tables,
+    result_tables,
+    status_page,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -122,6 +129,7 @@ def stage(notebooks: list[Path]) -> None:
     (generated / "deco_diff_ablations.md").write_text(ablations)
     continual = ROOT / "diffad_ref" / "weights" / "one_for_more_toy_3.json"
     (generated / "continual.md").write_text(continual_table(continual))
+    (generated / "plan.md").write_text(plan_tables())
     (SOURCE / "book" / "status.md").write_text(status_page(notebooks, record))
 
 

@@ -10,6 +10,7 @@ from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector, Prediction, Rate, Stage
 from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.evaluation import evaluate
+from diffad_ref.one_for_more import OneForMore
 from diffad_ref.toy import toy_factory
 from diffad_ref.training import fit
 
@@ -19,6 +20,7 @@ __all__ = [
     "DecoDiff",
     "Detector",
     "DiffusionAD",
+    "OneForMore",
     "Prediction",
     "Rate",
     "Stage",
