@@ -1,8 +1,10 @@
 """Lay out the magnetic-tile surface defects as an MVTec-style category, `magnetic_tile`.
 
     python data_scripts/mtd.py SOURCE TARGET [--test-good 0.3] [--seed 0]
+    python data_scripts/mtd.py --out data/mtd [--archive FILE] [--url URL] [--yes]
 
-SOURCE holds the original folders, `MT_<kind>/Imgs/*.jpg` with a `.png` mask beside each.
+SOURCE holds the original folders, `MT_<kind>/Imgs/*.jpg` with a `.png` mask beside each. Without
+it, they come from the authors' address or from an archive, and their number is checked.
 
 The data set has no official split, and a random one would leak. `exp3_num_258558` reads: lighting
 3 of 6, running number 258558. The number is no name of a tile; but the photographs of one tile
@@ -17,16 +19,26 @@ filed as good, shows the broken tile of `exp4_num_116999`. The authors' labels s
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from download import DataError, Source, command_line
+from mvtec_ad import check_counts, find_folders, mark_defect, provide
 from PIL import Image
 
-from diffad_ref.images import read_mask
-
+SOURCE = Source(
+    name="Magnetic-tile surface defects",
+    folder="mtd",
+    licences=("none is stated; the authors ask for a citation",),
+    url="https://github.com/abin24/Magnetic-tile-defect-datasets./archive/cc4eb53.tar.gz",
+    size=53_000_000,
+    exact=False,
+)
+COUNTS = {"free": 952, "blowhole": 115, "break": 85, "crack": 57, "fray": 32, "uneven": 103}
 CATEGORY = "magnetic_tile"
 KINDS = ("blowhole", "break", "crack", "fray", "uneven")
 GAP = 200  # running numbers further apart than this show different tiles
@@ -126,7 +138,7 @@ def write_defective(path: Path, kind: str, target: Path) -> bool:
     mask_path = path.with_suffix(".png")
     if not mask_path.is_file():
         raise FileNotFoundError(f"the image {path} has no mask {mask_path.name} beside it")
-    mask = read_mask(mask_path)
+    mask = mark_defect(mask_path)
     with Image.open(path) as image:
         if image.size != mask.shape[::-1]:
             raise ValueError(f"{mask_path} is {mask.shape[::-1]} pixels, its image {image.size}")
@@ -172,36 +184,66 @@ def convert(source: Path, target: Path, test_good: float = 0.3, seed: int = 0) -
     """
     if not 0 < test_good < 1:
         raise ValueError(f"--test-good must lie between 0 and 1, got {test_good}")
-    done, partial = Path(target) / CATEGORY, Path(target) / f".{CATEGORY}.partial"
+    done, unfinished = Path(target) / CATEGORY, Path(target) / f".{CATEGORY}.partial"
     if done.is_dir():
         print(f"{done} is there already; delete it to make it anew")
         return done
-    images = find_images(Path(source))
-    good, defective = images.pop("free"), [path for paths in images.values() for path in paths]
-    test = split_good([p.stem for p in good], [p.stem for p in defective], test_good, seed)
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-    for path in good:
-        copy(path, partial / ("test/good" if path.stem in test else "train/good"))
-    written = {p for kind in images for p in images[kind] if write_defective(p, kind, partial)}
-    for path in sorted(set(defective) - written):
-        print(f"left out {path}: filed as defective, but its mask marks nothing")
-    partial.rename(done)
-    print(f"{done}: {len(good) - len(test)} train, {len(test)} good and {len(written)} defective")
+    numbers = write_category(find_images(Path(source)), unfinished, test_good, seed)
+    unfinished.rename(done)
+    print("{}: {} train, {} good and {} defective".format(done, *numbers))
     return done
 
 
-def main(arguments: list[str] | None = None) -> None:
+def write_category(
+    images: dict[str, list[Path]], folder: Path, test_good: float, seed: int
+) -> tuple[int, int, int]:
+    """Write the category's files; how many are for training, good and defective for testing."""
+    images = dict(images)
+    good, defective = images.pop("free"), [path for paths in images.values() for path in paths]
+    test = split_good([p.stem for p in good], [p.stem for p in defective], test_good, seed)
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    for path in good:
+        copy(path, folder / ("test/good" if path.stem in test else "train/good"))
+    written = {p for kind in images for p in images[kind] if write_defective(p, kind, folder)}
+    for path in sorted(set(defective) - written):
+        print(f"left out {path}: filed as defective, but its mask marks nothing")
+    return len(good) - len(test), len(test), len(written)
+
+
+def lay_out(tree: Path, target: Path, place: Callable, counts: dict, split: dict) -> None:
+    """Write the category from an archive that holds the stated number of photographs."""
+    folders = find_folders(tree, [f"MT_{kind.capitalize()}" for kind in counts])
+    images = find_images(next(iter(folders.values())).parent)
+    found = {kind: len(paths) for kind, paths in images.items()}
+    if found != counts:
+        raise DataError(f"wrong number of images: found {found}, expected {counts}")
+    numbers = write_category(images, target / CATEGORY, **split)
+    print("{}: {} train, {} good and {} defective".format(CATEGORY, *numbers))
+
+
+def main(
+    arguments: list[str] | None = None, source: Source = SOURCE, counts: dict[str, int] = COUNTS
+) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="folder that holds MT_Free, MT_Blowhole, ...")
-    parser.add_argument("target", type=Path, help="folder to write magnetic_tile into")
+    parser = command_line(source, __doc__)
+    parser.add_argument("source", type=Path, nargs="?", help="folder that holds MT_Free, ...")
+    parser.add_argument("target", type=Path, nargs="?", help="folder for magnetic_tile")
     parser.add_argument("--test-good", type=float, default=0.3, help="share of good test images")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split")
     options = parser.parse_args(arguments)
-    try:
-        convert(options.source, options.target, options.test_good, options.seed)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+    split = {"test_good": options.test_good, "seed": options.seed}
+    if options.source is None:
+        if not 0 < options.test_good < 1:  # before the download, not after it
+            parser.error(f"--test-good must lie between 0 and 1, got {options.test_good}")
+        check = partial(check_counts, counts={CATEGORY: {}})
+        provide(source, partial(lay_out, counts=counts, split=split), check, options)
+    elif options.target is None:
+        parser.error("SOURCE needs a TARGET, the folder to write magnetic_tile into")
+    else:
+        try:
+            convert(options.source, options.target, **split)
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(f"error: {error}") from error
     print(NOTICE)
 
 
