@@ -148,7 +148,7 @@ def _request(url: str, start: int, known: dict, timeout: float):
     headers = dict(HEADERS)
     if start:
         headers["Range"] = f"bytes={start}-"
-        strong = known["etag"]  else None
+        strong = known["etag"] if not (known["etag"] or "W/").startswith("W/") else None
         if strong or known["modified"]:
             headers["If-Range"] = strong or known["modified"]
     try:
