@@ -1,0 +1,31 @@
+"""Seconds of rivals that take turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def best(*calls: Callable[[], object], rounds: int = 5) -> list[float]:
+    """Seconds of each call: the best of some rounds, in which the calls take turns.
+
+    One round more, which does not count, warms caches and allocators.
+    """
+    seconds = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(rounds):
+        for taken, call in zip(seconds, calls, strict=True):
+            _wait()
+            start = time.perf_counter()
+            call()
+            _wait()
+            taken.append(time.perf_counter() - start)
+    return [min(taken) for taken in seconds]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
