@@ -13,12 +13,13 @@ from diffad_ref import commands
 from diffad_ref.checkpoints import METHODS
 from diffad_ref.continual import ENERGY, GAMMA, ORDERS, PROTECTIONS
 from diffad_ref.plan import UTILISATION
+from diffad_ref.protocols import PROTOCOLS
 
 DATA = "a folder in the MVTec layout (<category>/train/good, test/…), or the word toy"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns 0, or 2 with a message when the input is at fault."""
+    """Run one command; returns 0, 2 with a message when the input is at fault, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
     arguments.command = "python -m diffad_ref " + shlex.join(argv)
@@ -29,12 +30,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"diffad_ref: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("diffad_ref: stopped; a training goes on where it was saved", file=sys.stderr)
+        return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m diffad_ref", description="Find defects with diffusion models."
+        prog="python -m diffad_ref",
+        description="Find defects with diffusion models.",
+        epilog="Exit codes: 0 done, 2 the input is at fault (a message says how), 130 interrupted.",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -53,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("data", help=DATA)
     sub.add_argument("--image-size", type=positive, default=64, help="pixels, for the toy")
     sub.add_argument("--seed", type=int, default=0, help="for the toy")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command(commands.train, "train a detector on the good images of a folder")
     _add_model(sub, "DiffusionAD")
@@ -97,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_set(sub)
     sub.add_argument("--batch-size", type=positive, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
+    sub.add_argument(
+        "--protocol",
+        choices=["exact", *PROTOCOLS],
+        default="exact",
+        help="metrics as they should be, or as a released code computes them",
+    )
+    sub.add_argument("--pictures", type=Path, metavar="PNG", help="best and worst images")
     sub.add_argument("--save", type=Path, help="write the report and its commands as JSON")
     sub.add_argument("--record", action="store_true", help="write it into the weights' .json")
     sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -117,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--batch-sizes", nargs="+", type=positive, default=[1, 4, 16], help="for the memory table"
     )
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command(commands.predict, "write heat maps and scores for your own images")
     sub.add_argument("weights", help="a .safetensors file with its .json")
@@ -127,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--batch-size", type=positive, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
+    sub.add_argument("--json", action="store_true", help="print scores and files as JSON")
     return parser
 
 

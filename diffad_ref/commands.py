@@ -7,6 +7,7 @@ import io
 import json
 import platform
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -50,15 +51,21 @@ BASELINES = {"template": Template, "PCA": PCA}
 def data(arguments) -> None:
     """Say what a data set holds; make the toy if that is what is asked for."""
     root = _root(arguments.data, arguments.image_size, arguments.seed)
-    print(root)
     train, test = (AnomalyFolder(root, split, cache=False) for split in ("train", "test"))
-    for category in train.categories:
-        kinds = {}
-        for sample in test.samples:
-            if sample.category == category:
-                kinds[sample.kind] = kinds.get(sample.kind, 0) + 1
-        n = sum(sample.category == category for sample in train.samples)
-        print(f"  {category}: {n} train; test " + ", ".join(f"{k} {v}" for k, v in kinds.items()))
+    found = {
+        category: {
+            "train": sum(sample.category == category for sample in train.samples),
+            "test": Counter(s.kind for s in test.samples if s.category == category),
+        }
+        for category in train.categories
+    }
+    if arguments.json:
+        print(json.dumps({"root": str(root), "categories": found}, indent=1))
+        return
+    print(root)
+    for category, counts in found.items():
+        kinds = ", ".join(f"{kind} {count}" for kind, count in counts["test"].items())
+        print(f"  {category}: {counts['train']} train; test {kinds}")
 
 
 def train(arguments) -> None:
@@ -205,6 +212,8 @@ def _refuse(arguments, *names: str) -> None:
 
 def evaluate(arguments) -> None:
     """Measure weights, or a baseline, on test images."""
+    if arguments.record and arguments.protocol != "exact":
+        raise ValueError("--record keeps exact metrics: with --protocol use --save")
     commands = [arguments.command]
     if arguments.weights in BASELINES:
         if arguments.set or arguments.record:
@@ -222,7 +231,11 @@ def evaluate(arguments) -> None:
         commands = [trained["command"], *commands] if "command" in trained else commands
         data = AnomalyFolder(root, "test", categories=arguments.categories, **detector.view)
     report = evaluation.evaluate(
-        detector, data, batch_size=arguments.batch_size, seed=arguments.seed
+        detector,
+        data,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        protocol=arguments.protocol,
     )
     report.intervals = intervals(report)
     print(report.to_json() if arguments.json else f"{report}\n\n{report.by_kind()}")
@@ -231,6 +244,10 @@ def evaluate(arguments) -> None:
         write_text(json.dumps(entries, indent=1), arguments.save)
     if arguments.record:
         add_to_record(arguments.weights, {"report": report.to_dict()})
+    if arguments.pictures:
+        from diffad_ref.plots import best_and_worst  # matplotlib is slow to import
+
+        best_and_worst(report, data).savefig(arguments.pictures, format="png", dpi=150)
 
 
 def _rebuilt(detector, arguments):
@@ -248,10 +265,16 @@ def _rebuilt(detector, arguments):
 def plan(arguments) -> None:
     """Tables of weights, arithmetic, memory and hours at the papers' size."""
     plans = planning.paper_plans()
-    print(planning.size_table(plans))
-    print(f"\nmemory of a training step\n\n{planning.memory_table(plans, arguments.batch_sizes)}")
     share = f"{arguments.utilisation:.0%} of the peak in 16 bit"
-    print(f"\nthe whole recipe at {share}\n\n{planning.hours_table(plans, arguments.utilisation)}")
+    tables = {
+        "size": planning.size_table(plans),
+        "memory of a training step": planning.memory_table(plans, arguments.batch_sizes),
+        f"the whole recipe at {share}": planning.hours_table(plans, arguments.utilisation),
+    }
+    if arguments.json:
+        print(json.dumps({title: table.rows for title, table in tables.items()}, indent=1))
+        return
+    print("\n\n".join(f"{title}\n\n{table}" for title, table in tables.items()))
 
 
 def predict(arguments) -> None:
@@ -290,6 +313,11 @@ def predict(arguments) -> None:
     rows.writerow(["path", "score"])
     rows.writerows([record["path"], f"{record['score']:.6f}"] for record in records)
     write_text(table.getvalue(), arguments.out / "scores.csv")
+    if arguments.json:
+        kept = ("path", "score", "map")
+        plain = [{name: record[name] for name in kept} for record in records]
+        print(json.dumps(plain, indent=1, default=str))
+        return
     print(arguments.out / "scores.csv")
     print(arguments.out / "sheet.html")
 

@@ -22,12 +22,19 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffad_ref.checkpoints import write_text
+from diffad_ref.memory import peak_memory
 from diffad_ref.metrics import image_metrics, pixel_metrics
+from diffad_ref.protocols import PROTOCOLS, Protocol
 from diffad_ref.tables import METRICS, Table
 
 
 def evaluate(
-    detector, dataset, batch_size: int = 32, seed: int = 0, progress: bool = True
+    detector,
+    dataset,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+    protocol: str = "exact",
 ) -> Report:
     """Judge a detector on a data set with good and defective images.
 
@@ -46,6 +53,10 @@ def evaluate(
         number, so the same seed and batch size give the same report on the same machine.
     progress : bool
         Show a bar.
+    protocol : str
+        "exact" judges by `metrics`, and is what every table of ours holds. "diffusion_ad",
+        "deco_diff" and "one_for_more" judge the same maps as the released codes do
+        (`protocols.PROTOCOLS`), to compare with a paper's table like with like.
 
     Returns
     -------
@@ -55,18 +66,24 @@ def evaluate(
     ------
     ValueError
         Empty data set; no defective or no good image at all; unlabelled images; a category that
-        the detector does not know; NaN or a wrong shape in what the detector returns.
+        the detector does not know; NaN or a wrong shape in what the detector returns; an unknown
+        protocol.
     """
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there is nothing to evaluate")
-    images, maps, masks, seconds = _predict_all(detector, dataset, batch_size, seed, progress)
-    rows, kinds = _tables(images, maps, masks)
+    if protocol != "exact" and protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}: choose exact, {', '.join(PROTOCOLS)}")
+    with peak_memory(torch.device(detector.device)) as peak:
+        images, maps, masks, seconds = _predict_all(detector, dataset, batch_size, seed, progress)
+    rows, kinds = _tables(images, maps, masks, PROTOCOLS.get(protocol))
     return Report(
         detector=type(detector).__name__,
         rows=rows,
         kinds=kinds,
         images=images,
         seconds_per_image=seconds / len(images),
+        peak_memory=peak.bytes,
+        protocol=protocol,
         seed=seed,
         maps=maps,
         masks=masks,
@@ -90,6 +107,10 @@ class Report:
     seconds_per_image : float
         Time spent in `predict`.
     seed : int
+    peak_memory : int or None
+        Bytes that PyTorch held on the GPU; on a CPU those of the whole process.
+    protocol : str
+        How the metrics were made, see `evaluate`.
     intervals : dict
         95 % confidence intervals of the means, from `bootstrap.intervals`; may be empty.
     maps, masks : Tensor (N, H, W) or None
@@ -102,6 +123,8 @@ class Report:
     images: list[dict]
     seconds_per_image: float
     seed: int = 0
+    peak_memory: int | None = None
+    protocol: str = "exact"
     maps: Tensor | None = field(default=None, compare=False)
     masks: Tensor | None = field(default=None, compare=False)
     intervals: dict[str, list[float]] = field(default_factory=dict)
@@ -136,7 +159,8 @@ class Report:
 
     def to_dict(self) -> dict:
         """Everything but maps and masks, in types that JSON knows."""
-        names = ("detector", "seed", "seconds_per_image", "intervals", "rows", "kinds", "images")
+        names = ("detector", "protocol", "seed", "seconds_per_image", "peak_memory", "intervals")
+        names += ("rows", "kinds", "images")
         return {"mean": self.mean} | {name: getattr(self, name) for name in names}
 
     def to_json(self) -> str:
@@ -174,7 +198,12 @@ class Report:
         return f"{self.to_markdown()}\n\n{self._note()}"
 
     def _note(self) -> str:
-        return f"{self.detector}, in %, {self.seconds_per_image:.3g} s per image"
+        parts = [self.detector, "in %", f"{self.seconds_per_image:.3g} s per image"]
+        if self.peak_memory:
+            parts.append(f"at most {self.peak_memory / 2**30:.2f} GB")
+        if self.protocol != "exact":
+            parts.append(f"judged as the released code of {self.protocol} does")
+        return ", ".join(parts)
 
 
 def compare(reports: dict[str, Report], columns=METRICS) -> Table:
@@ -236,7 +265,9 @@ def _predict_all(detector, dataset, batch_size, seed, progress):
     return images, torch.cat(maps), torch.cat(masks), seconds
 
 
-def _tables(images: list[dict], maps: Tensor, masks: Tensor) -> tuple[list[dict], list[dict]]:
+def _tables(
+    images: list[dict], maps: Tensor, masks: Tensor, protocol: Protocol | None
+) -> tuple[list[dict], list[dict]]:
     """Make one row for each category, and one for each of its kinds of defect."""
     names = ("category", "kind", "label", "score")
     category, kind, label, score = (np.array([image[n] for image in images]) for n in names)
@@ -250,8 +281,17 @@ def _tables(images: list[dict], maps: Tensor, masks: Tensor) -> tuple[list[dict]
     _warn_about_masks(category, bad, masked)
 
     def judge(chosen: np.ndarray) -> dict:
-        known = torch.from_numpy(chosen & (~bad | masked))
-        return _metrics(score[chosen], bad[chosen], maps[known], masks[known])
+        known = chosen & (~bad | masked)
+        values = dict.fromkeys(METRICS)
+        if bad[chosen].any() and not bad[chosen].all():
+            if protocol is None:
+                values |= image_metrics(score[chosen], bad[chosen])
+            else:
+                values |= protocol.image_metrics(maps[chosen], bad[chosen])
+        if masks[known].any() and not masks[known].all():
+            judge_pixels = pixel_metrics if protocol is None else protocol.pixel_metrics
+            values |= judge_pixels(maps[known], masks[known])
+        return values
 
     rows, kinds = [], []
     for name in sorted(set(category.tolist())):
@@ -264,16 +304,6 @@ def _tables(images: list[dict], maps: Tensor, masks: Tensor) -> tuple[list[dict]
             row = {"category": name, "kind": defect, "n_defective": int(those.sum())}
             kinds.append(row | judge(good | those))
     return rows, kinds
-
-
-def _metrics(scores, labels, maps, masks) -> dict:
-    """Compute all metrics; None where one is not defined."""
-    values = dict.fromkeys(METRICS)
-    if labels.any() and not labels.all():
-        values |= image_metrics(scores, labels)
-    if masks.any() and not masks.all():
-        values |= pixel_metrics(maps, masks)
-    return values
 
 
 def _warn_about_masks(category: np.ndarray, bad: np.ndarray, masked: np.ndarray) -> None:
@@ -359,3 +389,8 @@ def _require_same_images(reports: dict[str, Report]) -> None:
     for name, count in counts.items():
         if count != counts[first]:
             raise ValueError(f"{name!r} and {first!r} were not evaluated on the same images")
+        if reports[name].protocol != reports[first].protocol:
+            raise ValueError(
+                f"{name!r} was judged by the protocol {reports[name].protocol}, {first!r} by "
+                f"{reports[first].protocol}: such numbers cannot be compared"
+            )

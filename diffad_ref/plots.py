@@ -125,6 +125,57 @@ def panels(
     return fig
 
 
+def best_and_worst(report, dataset, columns: int = 6, size: float = 1.3) -> Figure:
+    """Show the defects that were found best, those that were missed, and the false alarms.
+
+    Images are put in order by how far their score lies from the good ones of their own category,
+    in standard deviations; maps are coloured from the smallest to the largest of the category.
+
+    Parameters
+    ----------
+    report : Report
+        With its maps, as `evaluate` returns it.
+    dataset : Dataset
+        What was evaluated.
+    columns : int
+        Images of each group.
+    size : float
+        Side of an image in inches.
+    """
+    if report.maps is None:
+        raise ValueError("the report has no maps: they are not saved, evaluate again")
+    category = np.array([image["category"] for image in report.images])
+    score = np.array([image["score"] for image in report.images])
+    bad = np.array([image["label"] for image in report.images]) == 1
+    distance = np.zeros(len(score))
+    for name in set(category):
+        mine = category == name
+        usual = score[mine & ~bad] if (mine & ~bad).any() else score[mine]
+        distance[mine] = (score[mine] - usual.mean()) / max(usual.std(), 1e-12)
+    order = np.argsort(-distance, kind="stable")
+    groups = {
+        "found best": order[bad[order]][:columns],
+        "missed": order[bad[order]][::-1][:columns],
+        "false alarms": order[~bad[order]][:columns],
+    }
+    fig, axes = _grid(2 * len(groups), columns, size, head=0.6, side=0.4)
+    for above, below, (title, chosen) in zip(axes[::2], axes[1::2], groups.items(), strict=True):
+        above[0].set_ylabel(title, fontsize=9)
+        for image, heat, i in zip(above, below, chosen, strict=False):
+            _draw(image, _picture(dataset[int(i)]["image"]))
+            image.set_title(f"{category[i]}, {report.images[i]['kind']}", fontsize=7)
+            if report.masks[i].any() and not report.masks[i].all():
+                image.contour(_picture(report.masks[i]), [0.5], colors=[OUTLINE], linewidths=1.2)
+            scale = report.maps[torch.from_numpy(category == category[i])]
+            heat.imshow(
+                _picture(report.maps[i]),
+                MAP_COLOURS,
+                vmin=scale.min().item(),
+                vmax=scale.max().item(),
+            )
+    return fig
+
+
 def score_histogram(scores, labels, bins: int = 30, title: str | None = None) -> Figure:
     """Show how far the scores of good and defective images lie apart.
 

@@ -5,13 +5,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from scipy.integrate import trapezoid
 
-from diffad_ref.metrics import EIGHT_NEIGHBOURS, Ranking, as_images, paired_maps
+from diffad_ref.metrics import (
+    EIGHT_NEIGHBOURS,
+    Ranking,
+    as_images,
+    image_metrics,
+    paired_maps,
+    pixel_metrics,
+    top_k_mean,
+)
 
 # ------------------------------------------------------------------------------------ DiffusionAD
 
@@ -202,6 +213,60 @@ def sampled_aupr(scores, labels, steps: int = 200) -> float:
     found = _share_above(scores, thresholds) * scores.size
     precision = np.divide(hits, found, out=np.ones_like(hits), where=found > 0)
     return round(float(trapezoid(precision, hits / defects.size)), 4)
+
+
+# ---------------------------------------------------------------------------------- by their names
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a released code makes the seven metrics of maps.
+
+    Attributes
+    ----------
+    score : callable
+        Image scores (N,) of maps (N, H, W), for the AUROC.
+    aupro : callable
+        Of maps and masks.
+    other_score : callable, optional
+        Image scores for AP and F1max, where those are others.
+    folded : bool
+        An AUROC below 0.5 is replaced by 1 minus itself.
+    """
+
+    score: Callable
+    aupro: Callable
+    other_score: Callable | None = None
+    folded: bool = False
+
+    def image_metrics(self, maps, labels) -> dict[str, float]:
+        """As `metrics.image_metrics`, but of maps; what the detector scored is not looked at."""
+        maps = as_images(maps)
+        found = image_metrics(self.score(maps), labels)
+        if self.other_score is not None:
+            auroc = found["image_auroc"]
+            found = image_metrics(self.other_score(maps), labels) | {"image_auroc": auroc}
+        return self._folded(found, "image_auroc")
+
+    def pixel_metrics(self, maps, masks) -> dict[str, float]:
+        """As `metrics.pixel_metrics`, with the protocol's AUPRO."""
+        found = pixel_metrics(maps, masks) | {"aupro": self.aupro(maps, masks)}
+        return self._folded(found, "pixel_auroc")
+
+    def _folded(self, found: dict[str, float], name: str) -> dict[str, float]:
+        return found | {name: max(found[name], 1 - found[name])} if self.folded else found
+
+
+def _largest(maps: np.ndarray) -> np.ndarray:
+    """Score images by their largest pixel (C10, O4)."""
+    return maps.max((1, 2))
+
+
+PROTOCOLS = {
+    "diffusion_ad": Protocol(top_k_mean, aupro_diffusion_ad),
+    "deco_diff": Protocol(_largest, aupro_deco_diff),
+    "one_for_more": Protocol(_largest, aupro_deco_diff, pooled_score, folded=True),
+}
 
 
 # ------------------------------------------------------------------------------------------ both

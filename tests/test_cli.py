@@ -154,8 +154,7 @@ def test_interrupted_training_goes_on_to_the_weights_of_an_unbroken_one(
         return real(self, *rest)
 
     monkeypatch.setattr(DiffusionAD, "training_loss", count)
-    with pytest.raises(KeyboardInterrupt):
-        command(*words, tmp_path / "stopped")
+    assert command(*words, tmp_path / "stopped") == 130
     assert (tmp_path / "stopped" / STATE).exists()
     assert not (tmp_path / "stopped" / "weights.safetensors").exists()
     assert command(*words, tmp_path / "stopped") == 0
@@ -270,3 +269,43 @@ def test_predict_gives_the_same_scores_again_and_others_for_another_seed(run, mv
         assert command("predict", run / "weights", images, *words) == 0
         found.append((out / "scores.csv").read_bytes())
     assert found[0] == found[1] != found[2]
+
+
+def test_data_json_counts_images_of_each_kind(mvtec_root, capsys):
+    capsys.readouterr()
+    assert command("data", mvtec_root, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    train, test = (AnomalyFolder(mvtec_root, split) for split in ("train", "test"))
+    assert found["root"] == str(mvtec_root)
+    assert sum(c["train"] for c in found["categories"].values()) == len(train)
+    assert sum(sum(c["test"].values()) for c in found["categories"].values()) == len(test)
+
+
+def test_predict_json_prints_the_scores_of_the_csv(run, mvtec_root, tmp_path, capsys):
+    images, out = mvtec_root / "bottle" / "train" / "good", tmp_path / "out"
+    capsys.readouterr()
+    assert command("predict", run / "weights", images, "--out", out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {r["path"]: f"{r['score']:.6f}" for r in found} == {
+        row["path"]: row["score"] for row in scores(out)
+    }
+    assert all((out / record["map"]).is_file() for record in found)
+
+
+def test_evaluate_can_judge_as_a_released_code_and_show_the_best_and_the_worst(
+    run, mvtec_root, tmp_path, capsys
+):
+    picture = tmp_path / "images.png"
+    words = ("--protocol", "diffusion_ad", "--pictures", picture)
+    assert command("evaluate", run / "weights", mvtec_root, *words) == 0
+    assert "released code of diffusion_ad" in capsys.readouterr().out
+    assert Image.open(picture).size[0] > 500
+
+
+def test_interrupted_command_ends_with_code_130(mvtec_root, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "AnomalyFolder", interrupted)
+    assert command("data", mvtec_root) == 130
+    assert "a training goes on where it was saved" in capsys.readouterr().err

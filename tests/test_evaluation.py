@@ -1,13 +1,16 @@
 """Reports on small made-up data sets whose numbers can be worked out by hand."""
 
 import json
+import time
 
+import psutil
 import pytest
 import torch
 from torch import nn
 
 from diffad_ref.detector import Prediction
 from diffad_ref.evaluation import Report, compare, compare_kinds, evaluate
+from diffad_ref.protocols import PROTOCOLS
 from diffad_ref.tables import METRICS, Table
 
 
@@ -279,3 +282,46 @@ def test_names_cannot_break_a_table():
     table = Table(("method",), [{"method": "a|b <i>"}])
     assert table.to_markdown().splitlines()[2] == "| a\\|b <i> |"
     assert "a|b &lt;i&gt;" in table._repr_html_()
+
+
+class Large(Samples):
+    """The same pictures, smooth, at a size that the released evaluations can average."""
+
+    def __getitem__(self, i):
+        sample = super().__getitem__(i)
+        wide = {name: sample[name].repeat_interleave(8, 1) for name in ("image", "mask")}
+        return sample | {name: value.repeat_interleave(8, 2) for name, value in wide.items()}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_protocol_changes_the_metrics_and_the_report_says_so(protocol):
+    data, detector = Large(ROWS), Red(noise=1.5)
+    exact = evaluate(detector, data, progress=False)
+    report = evaluate(detector, data, progress=False, protocol=protocol)
+    assert torch.equal(report.maps, exact.maps)
+    assert report.mean["aupro"] != exact.mean["aupro"]
+    assert report.protocol == protocol and f"released code of {protocol}" in repr(report)
+    assert Report.from_dict(json.loads(report.to_json())).protocol == protocol
+    with pytest.raises(ValueError, match=f"protocol {protocol}.* exact: such numbers cannot"):
+        compare({"ours": exact, "theirs": report})
+
+
+def test_unknown_protocol_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="unknown protocol 'paper': choose exact, diffusion_ad"):
+        run(protocol="paper")
+
+
+class Hungry(Red):
+    """Holds 200 MB while it predicts."""
+
+    def predict(self, images, category_index=None, generator=None):
+        self.held = torch.ones(50_000_000)
+        time.sleep(0.1)
+        return super().predict(images, category_index, generator)
+
+
+def test_peak_memory_covers_what_a_detector_held_for_a_moment():
+    before = psutil.Process().memory_info().rss
+    report = run(Hungry())
+    assert report.peak_memory > before + 150e6
+    assert f"at most {report.peak_memory / 2**30:.2f} GB" in repr(report)

@@ -14,7 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from diffad_ref.detector import Prediction  # noqa: E402
-from diffad_ref.plots import curves, panels, score_histogram, show_images, slider  # noqa: E402
+from diffad_ref.evaluation import Report  # noqa: E402
+from diffad_ref.plots import best_and_worst, curves, panels, score_histogram, show_images, slider  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +142,33 @@ def test_slider_escapes_its_labels():
 def test_slider_needs_one_label_for_each_frame():
     with pytest.raises(ValueError, match="2 frames, 1 labels"):
         slider(torch.rand(2, 3, 4, 4), ["a"])
+
+
+def judged(scores, labels):
+    """A report and its data set, two categories in turn."""
+    images = [
+        {"category": "ab"[i % 2], "kind": "bad" if label else "good", "label": label, "score": s}
+        for i, (s, label) in enumerate(zip(scores, labels, strict=True))
+    ]
+    masks = torch.zeros(len(images), 8, 8, dtype=torch.bool)
+    masks[torch.tensor(labels) == 1, 2:4, 2:4] = True
+    report = Report("Red", [], [], images, 0.1, maps=torch.rand(len(images), 8, 8), masks=masks)
+    return report, [{"image": torch.full((3, 8, 8), i / 10)} for i in range(len(images))]
+
+
+def test_best_and_worst_are_found_by_the_distance_from_good_images_of_their_category():
+    #              a    b    a    b    a    b    a    b
+    scores, labels = [0.1, 5.0, 0.3, 7.0, 0.9, 5.5, 0.2, 30.0], [0, 0, 0, 0, 1, 1, 1, 1]
+    fig = best_and_worst(*judged(scores, labels), columns=2)
+    shown = [axis.images[0].get_array() for axis in fig.axes]
+    pixels = [round(10 * float(shown[i][0, 0, 0])) for i in (0, 1, 4, 5, 8, 9)]
+    assert pixels[:4] == [7, 4, 5, 6]  # of b and of a; then the missed ones
+    assert set(pixels[4:]) == {2, 3}
+    assert [fig.axes[i].get_ylabel() for i in (0, 4, 8)] == ["found best", "missed", "false alarms"]
+
+
+def test_best_and_worst_need_the_maps():
+    report, data = judged([0.1, 0.2], [0, 1])
+    report.maps = None
+    with pytest.raises(ValueError, match="evaluate again"):
+        best_and_worst(report, data)

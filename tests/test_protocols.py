@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
+from diffad_ref.metrics import image_metrics, pixel_metrics, top_k_mean
+from diffad_ref.protocols import PROTOCOLS as NAMED
 from diffad_ref.protocols import (
     aupro_deco_diff,
     aupro_diffusion_ad,
+    metrics_one_for_more,
     pro_curve_deco_diff,
     pro_curve_diffusion_ad,
 )
@@ -45,3 +48,33 @@ def test_masks_that_are_truncated_to_nothing_are_refused(protocol):
     """A defect that is nowhere wholly covered does not exist for this protocol."""
     with pytest.raises(ValueError, match=EVEN):
         protocol(MAPS, 0.999 * MASKS)
+
+
+def detector_maps(seed=0):
+    """Maps (8, 64, 64) in which the first four images have a bright square."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((8, 64, 64), bool)
+    masks[:4, 20:30, 20:40] = True
+    return rng.random(masks.shape) + 0.4 * masks, masks
+
+
+def test_each_named_protocol_takes_the_image_score_and_the_aupro_of_its_code():
+    maps, masks = detector_maps()
+    labels = masks.any((1, 2))
+    ad, deco = NAMED["diffusion_ad"], NAMED["deco_diff"]
+    assert ad.image_metrics(maps, labels) == image_metrics(top_k_mean(maps), labels)
+    assert deco.image_metrics(maps, labels) == image_metrics(maps.max((1, 2)), labels)
+    exact = pixel_metrics(maps, masks)
+    assert ad.pixel_metrics(maps, masks) == exact | {"aupro": aupro_diffusion_ad(maps, masks)}
+    assert deco.pixel_metrics(maps, masks) == exact | {"aupro": aupro_deco_diff(maps, masks)}
+
+
+def test_protocol_of_one_for_more_equals_its_released_metrics():
+    maps, masks = detector_maps()
+    released = metrics_one_for_more(-maps, masks)
+    found = NAMED["one_for_more"].image_metrics(-maps, masks.any((1, 2)))
+    found |= NAMED["one_for_more"].pixel_metrics(-maps, masks)
+    names = {"image_auroc": "max", "image_ap": "apsp", "image_f1max": "f1sp"}
+    names |= {"pixel_auroc": "pixel", "pixel_ap": "appx", "pixel_f1max": "f1px", "aupro": "pro"}
+    assert found == {ours: released[theirs] for ours, theirs in names.items()}
+    assert found["pixel_auroc"] > 0.5 > pixel_metrics(-maps, masks)["pixel_auroc"]
