@@ -107,14 +107,14 @@ class Report:
     seconds_per_image : float
         Time spent in `predict`.
     seed : int
+    maps, masks : Tensor (N, H, W) or None
+        Anomaly maps (float32) and masks (bool) on the CPU; not saved.
+    intervals : dict
+        95 % confidence intervals of the means, from `bootstrap.intervals`; may be empty.
     peak_memory : int or None
         Bytes that PyTorch held on the GPU; on a CPU those of the whole process.
     protocol : str
         How the metrics were made, see `evaluate`.
-    intervals : dict
-        95 % confidence intervals of the means, from `bootstrap.intervals`; may be empty.
-    maps, masks : Tensor (N, H, W) or None
-        Anomaly maps (float32) and masks (bool) on the CPU; not saved.
     """
 
     detector: str
@@ -123,11 +123,11 @@ class Report:
     images: list[dict]
     seconds_per_image: float
     seed: int = 0
-    peak_memory: int | None = None
-    protocol: str = "exact"
     maps: Tensor | None = field(default=None, compare=False)
     masks: Tensor | None = field(default=None, compare=False)
     intervals: dict[str, list[float]] = field(default_factory=dict)
+    peak_memory: int | None = None
+    protocol: str = "exact"
 
     @property
     def mean(self) -> dict:
