@@ -184,7 +184,7 @@ def test_evaluate_json_prints_the_report_that_the_library_gives(run, mvtec_root,
     report.intervals = intervals(report)
     expected = report.to_dict()
     for changing in (printed, expected):
-        del changing["seconds_per_image"]
+        del changing["seconds_per_image"], changing["peak_memory"]  # of one moment
     assert printed == json.loads(json.dumps(expected))
 
 
