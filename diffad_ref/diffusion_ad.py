@@ -54,6 +54,7 @@ class Config:
     t_s: int = 200  # small scale at inference
     t_b: int = 400  # large scale at inference
     w: float = 1.0  # guidance weight
+    draws: int = 1  # of the noise at inference; their reconstructions are averaged (paper: one)
     # Anomalies and scoring.
     synthesis: Synthesis = field(default_factory=Synthesis)
     foreground: str = "whole"  # "whole" image, or "estimate" the product of object categories
@@ -86,6 +87,7 @@ class Config:
             segmentation_norm="group",  # a batch is small
             t_s_range=(100, 300),  # what is less noisy keeps every defect
             t_b_range=(300, 600),  # what is noisier shows nothing of a 64-pixel image
+            draws=8,  # few pixels, so a single draw is noisy
             synthesis=Synthesis(max_exponent=3, threshold=0.4, p_match=0.4, p_flat=0.2),
             foreground="estimate",
             stages=(
@@ -249,7 +251,7 @@ class DiffusionAD(Detector):
     def __init__(self, config: Config | None = None, textures: Tensor | None = None):
         super().__init__()
         self.config = config = config or Config.paper()
-        _check_size(config)
+        _check(config)
         self.schedule = Schedule.named(config.schedule, config.steps)
         if config.reconstruct:
             self.denoiser = _denoiser(config, self.schedule)
@@ -294,7 +296,7 @@ class DiffusionAD(Detector):
         """Anomaly map, score and reconstruction of images (B, 3, H, W) in [0, 1].
 
         One model judges every category, so `category_index` is not looked at. Without a
-        generator the noise comes from seed 0.
+        generator the noise comes from seed 0. The parts are those of the first draw of noise.
         """
         self.check(images)
         x = images.to(self.device)
@@ -303,7 +305,8 @@ class DiffusionAD(Detector):
         x0 = torch.zeros_like(x)
         if self.config.reconstruct:
             steps = self.reconstruct(x, generator)
-            x0 = steps.x0_g
+            more = [self.reconstruct(x, generator).x0_g for _ in range(self.config.draws - 1)]
+            x0 = torch.stack([steps.x0_g, *more]).mean(0)
             parts = {"noised": steps.x_s, "noised_large": steps.x_b, "estimate_large": steps.x0_b}
         return self.compare(x, x0, parts)
 
@@ -355,12 +358,14 @@ class DiffusionAD(Detector):
         )
 
 
-def _check_size(config: Config) -> None:
+def _check(config: Config) -> None:
     """Each level of a network halves the image, so its size must divide."""
     denoiser = config.patch_size * 2 ** (len(config.multipliers) - 1)
     multiple = math.lcm(denoiser, 2**5)  # the segmentation network has six levels
     if config.image_size % multiple:
         raise ValueError(f"image_size must be a multiple of {multiple}, not {config.image_size}")
+    if config.draws < 1:
+        raise ValueError(f"draws must be at least 1, not {config.draws}")
 
 
 def _denoiser(config: Config, schedule: Schedule) -> Denoiser:

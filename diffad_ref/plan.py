@@ -120,17 +120,17 @@ Work = tuple[Callable[[], object], Callable[[], object]]
 
 
 def _diffusion_ad(detector: DiffusionAD) -> Work:
-    """Two scales and one comparison, in training as in prediction."""
+    """Two scales and one comparison, in training and for each draw of noise in prediction."""
     x, t = _image(detector), torch.zeros(1, dtype=torch.long, device=detector.device)
 
-    def predict():
+    def compare(draws: int = 1):
         x0 = torch.zeros_like(x)
         if detector.config.reconstruct:
             with torch.set_grad_enabled("denoiser" in detector.stage.lr and detector.training):
-                x0 = detector.denoiser(x, t) + detector.denoiser(x, t)
+                x0 = sum(detector.denoiser(x, t) for _ in range(2 * draws))
         return detector.segmenter(torch.cat([x, x0], 1)) if _has("segmenter", detector) else x0
 
-    return lambda: predict().sum().backward(), predict
+    return lambda: compare().sum().backward(), lambda: compare(detector.config.draws)
 
 
 def _deco_diff(detector: DecoDiff) -> Work:

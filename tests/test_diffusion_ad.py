@@ -280,6 +280,26 @@ def test_levels_and_weight_of_a_reconstruction_can_be_chosen(small_config):
     assert torch.equal(default, chosen) and not torch.equal(default, other)
 
 
+def test_reconstructions_of_several_draws_of_noise_are_averaged(small_config):
+    detector, x = build(replace(small_config, draws=3)).eval(), batch_of(2)["image"]
+    generator = seeded()
+    with torch.no_grad():
+        each = [detector.reconstruct(x, generator).x0_g for _ in range(3)]
+    found = detector.predict(x, generator=seeded())
+    expected = torch.stack(each).mean(0).clamp(0, 1)
+    torch.testing.assert_close(found.reconstruction, expected)
+    assert not torch.equal(each[0], each[1])
+
+
+def test_no_draw_at_all_is_refused(small_config):
+    with pytest.raises(ValueError, match="draws must be at least 1, not 0"):
+        build(replace(small_config, draws=0))
+
+
+def test_paper_profile_draws_noise_once():
+    assert Config.paper().draws == 1
+
+
 def test_ablation_compares_with_zeros_and_has_no_denoiser(small_config):
     detector = build(small_config.without_reconstruction()).eval()
     assert [name for name, _ in detector.named_children()] == ["segmenter"]
