@@ -112,6 +112,7 @@ class Config:
             prompt=(1, 8),
             norm_groups=8,
             predicts="latent",  # few channels cannot carry noise
+            walk=2,  # starts at t = 501: a small network cannot paint all from 901
             condition_layers=2,
             condition_heads=1,
             feed_forward=48,
@@ -123,7 +124,7 @@ class Config:
             stages=(
                 Stage(
                     "task",
-                    1200,
+                    5000,
                     16,
                     {"unet": Rate(2e-3, "cosine", 50), "condition": Rate(2e-3, "cosine", 50)},
                     optimizer="adamw",
