@@ -82,7 +82,8 @@ def run(notebooks: list[Path]) -> bool:
     report = BUILD / "notebooks.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-v", "--nbmake", "--overwrite"]
-    command += ["--nbmake-kernel=python3", "--nbmake-timeout=1200", f"--junitxml={report}"]  # a busy machine
+    command += ["--nbmake-kernel=python3", f"--junitxml={report}"]
+    command += ["--nbmake-timeout=1200"]  # seconds a cell, for machines that are busy
     keys = {notebook.stem: fingerprint(notebook) for notebook in notebooks}
     done = subprocess.run(command + [str(EXECUTED / n.name) for n in notebooks], cwd=ROOT)
 
