@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--imagenet", type=Path, help="DecoDiff: start from this latent-diffusion checkpoint"
     )
     _add_training(sub)
+    sub.add_argument("--json", action="store_true", help="print what the weights' .json records")
 
     sub = command(commands.continual, "train on categories task by task, and measure forgetting")
     _add_model(sub, "OneForMore")

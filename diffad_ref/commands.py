@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import platform
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -90,7 +91,8 @@ def train(arguments) -> None:
         "final_losses": history.ending(),
     }
     # Half the size; what a run needs to go on is kept in full beside it.
-    print(save_checkpoint(detector, arguments.out / "weights", record, half=True))
+    path = save_checkpoint(detector, arguments.out / "weights", record, half=True)
+    print(json.dumps({"weights": str(path)} | record, indent=1) if arguments.json else path)
 
 
 def continual(arguments) -> None:
@@ -191,7 +193,10 @@ def _detector(arguments, config, classes: int):
     detector = DecoDiff(replace(config, classes=classes))
     if getattr(arguments, "imagenet", None):
         kept = start_from_imagenet(detector, arguments.imagenet)
-        print(f"not in {arguments.imagenet}, or of another shape: {', '.join(kept) or 'nothing'}")
+        missing = (
+            f"not in {arguments.imagenet}, or of another shape: {', '.join(kept) or 'nothing'}"
+        )
+        print(missing, file=sys.stderr)
     return detector
 
 

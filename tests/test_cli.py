@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +108,15 @@ def test_recorded_command_makes_the_same_weights_again(run, tmp_path):
     first, second = (load_file(f / "weights.safetensors") for f in (run, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_train_json_prints_the_record_and_where_the_weights_are(mvtec_root, tmp_path, capsys):
+    words = ["--categories", "carpet", "--out", tmp_path / "run", *SHORT, "--json"]
+    assert command("train", mvtec_root, *words) == 0
+    printed = json.loads(capsys.readouterr().out)
+    weights = Path(printed.pop("weights"))
+    assert weights.is_file() and load_checkpoint(weights)
+    assert printed == json.loads(weights.with_suffix(".json").read_text())["record"]
 
 
 def test_train_takes_only_the_categories_that_are_named(mvtec_root, tmp_path):

@@ -110,7 +110,7 @@ def test_start_from_imagenet_says_which_weights_stay_random(mvtec_root, tmp_path
     words = [word for setting in like_it for word in ("--set", setting)]
     out = tmp_path / "out"
     assert train(mvtec_root, out, *words, "--imagenet", tmp_path / "imagenet.ckpt") == 0
-    [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("not in ")]
+    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("not in ")]
     kept = "embedding.weight, unet.conv_in.weight, unet.conv_out.bias, unet.conv_out.weight"
     assert line.endswith(f"imagenet.ckpt, or of another shape: {kept}")
 
