@@ -51,7 +51,7 @@ def save_checkpoint(
         "config": dataclasses.asdict(detector.config),
         "record": record or {},
     }
-    text = json.dumps(description, indent=2)  # first: if it cannot be, the old pair stays
+    text = json.dumps(description, indent=1)  # first: if it cannot be, the old pair stays
     write_tensors(state, path)
     write_text(text, path.with_suffix(".json"))
     return path
@@ -120,7 +120,7 @@ def add_to_record(path: str | os.PathLike, entries: dict) -> None:
     """Add entries to the record in the JSON beside a weights file; the weights stay as they are."""
     description = read_description(path)
     description["record"] = (description.get("record") or {}) | entries
-    write_text(json.dumps(description, indent=2), _weights_path(path).with_suffix(".json"))
+    write_text(json.dumps(description, indent=1), _weights_path(path).with_suffix(".json"))
 
 
 def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: object) -> None:

@@ -42,7 +42,7 @@ from diffad_ref.official_deco_diff import start_from_imagenet
 from diffad_ref.one_for_more import OneForMore
 from diffad_ref.sheet import write_sheet
 from diffad_ref.tables import HEADERS
-from diffad_ref.texture_sources import texture_bank
+from diffad_ref.texture_sources import Photographs, texture_bank
 from diffad_ref.toy import toy_factory
 from diffad_ref.training import fit
 
@@ -73,9 +73,11 @@ def train(arguments) -> None:
     """Train a detector; weights and what is needed to go on come to `--out`."""
     config = _config(arguments)
     root = _root(arguments.data, config.image_size, 0)
-    data = AnomalyFolder(
-        root, "train", getattr(config, "resize", config.image_size), arguments.categories
-    )
+    size = getattr(config, "resize", config.image_size)
+    if arguments.data == "photographs":
+        data = Photographs(size)
+    else:
+        data = AnomalyFolder(root, "train", size, arguments.categories)
     detector = _detector(arguments, config, len(data.categories))
     if arguments.latents:
         data = _latents(arguments, config, root, detector)
@@ -86,7 +88,7 @@ def train(arguments) -> None:
         "seed": arguments.seed,
         "steps": len(history.rows),
         "minutes_since_last_start": round((time.time() - start) / 60, 1),
-        "data": {"name": Path(root).name, "images": len(data), "categories": data.categories},
+        "data": {"name": Path(root).name, "images": len(data), "categories": list(data.categories)},
         "versions": versions(),
         "final_losses": history.ending(),
     }
@@ -248,7 +250,8 @@ def evaluate(arguments) -> None:
         entries = {"commands": commands, "versions": versions(), "report": report.to_dict()}
         write_text(json.dumps(entries, indent=1), arguments.save)
     if arguments.record:
-        add_to_record(arguments.weights, {"report": report.to_dict()})
+        summary = {name: part for name, part in report.to_dict().items() if name != "images"}
+        add_to_record(arguments.weights, {"report": summary})
     if arguments.pictures:
         from diffad_ref.plots import best_and_worst  # matplotlib is slow to import
 

@@ -42,6 +42,7 @@ from diffad_ref.texture_sources import texture_bank
 
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+PHOTOGRAPHS = "photographs"  # the tiny profile's stand-in for it: shipped, trained on photographs
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Config:
     """Sizes and settings; the defaults are the paper's (or its released code's)."""
 
     image_size: int = 256  # pixels
-    start: str | None = STABLE_DIFFUSION  # U-Net and prompt: name or folder; None: from scratch
+    start: str | None = STABLE_DIFFUSION  # a name, a folder, PHOTOGRAPHS; None: from scratch
     codec: CodecConfig = field(
         default_factory=lambda: CodecConfig(pretrained=STABLE_DIFFUSION, subfolder="vae")
     )
@@ -103,7 +104,7 @@ class Config:
         """Two CPU cores: latents of 4 x 4 patches, 0.5 M parameters in all."""
         tiny = cls(
             image_size=image_size,
-            start=None,
+            start=PHOTOGRAPHS,
             codec=CodecConfig("pca", channels=12, factor=4),
             width=24,
             multipliers=(1, 2),
@@ -181,10 +182,12 @@ class OneForMore(Detector):
             self.extractor = PatchFeatures()
         self.stages = config.stages
         self.enter(self.stages[-1])
+        if config.start == PHOTOGRAPHS:
+            start_from_photographs(self)
 
     def prepare(self, dataset) -> None:
         """Load or learn what comes before all tasks: from photographs, never from their data."""
-        if self.config.start is not None and not self.unet.prompt.any():
+        if self.config.start not in (None, PHOTOGRAPHS) and not self.unet.prompt.any():
             start_from_stable_diffusion(self.unet, self.config.start)
         size = self.config.image_size
         learns_codec = self.config.codec.kind == "pca"
@@ -195,9 +198,9 @@ class OneForMore(Detector):
             self.extractor.prepare()
 
     def enter(self, stage: Stage) -> None:
-        """Besides the parts, freeze what never learns in the U-Net: see `learns`."""
+        """Besides the parts, freeze what a U-Net that has learned before keeps: see `learns`."""
         super().enter(stage)
-        if "unet" in stage.lr:
+        if "unet" in stage.lr and self.config.start is not None:
             for name, parameter in self.unet.named_parameters():
                 parameter.requires_grad_(learns(name, parameter))
 
@@ -294,6 +297,21 @@ class OneForMore(Detector):
 def photographs(size: int, count: int = 1000) -> Tensor:
     """Crops (count, 3, size, size) of the built-in photographs, in [0, 1]; no product is on any."""
     return crop_textures(texture_bank(), count, size, torch.Generator().manual_seed(0))
+
+
+def start_from_photographs(detector: OneForMore) -> None:
+    """Begin where the shipped network ended, which has learned to paint from photographs alone.
+
+    What Stable Diffusion is to the paper's network. It does not fit other networks than the tiny
+    profile's: ValueError.
+    """
+    from diffad_ref.checkpoints import SHIPPED, load_weights, read_tensors  # which knows this class
+
+    path = SHIPPED / "one_for_more_photographs.safetensors"
+    try:
+        load_weights(detector, read_tensors(path), path)
+    except ValueError as error:
+        raise ValueError(f"{error}; start=None begins from scratch at any size") from error
 
 
 def learns(name: str, parameter: nn.Parameter) -> bool:

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from skimage import data as photographs
 from sklearn.datasets import load_sample_images
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as vision
 from tqdm.auto import tqdm
 
+from diffad_ref.anomalies import crop_textures
 from diffad_ref.images import read_image
 
 # Photographs inside the scikit-image package. Brick, grass and gravel are not among them: the toy
@@ -63,6 +65,42 @@ def _built_in(size: int) -> Tensor:
         image = image[..., None].expand(-1, -1, 3) if image.ndim == 2 else image[..., :3]
         squares.append(_square(image.permute(2, 0, 1), size))
     return torch.stack(squares)
+
+
+class Photographs(Dataset):
+    """Crops of the built-in photographs as training data, in the form of an `AnomalyFolder`.
+
+    A network that learns to paint them knows no product. Every crop is another; equal arguments
+    give equal ones.
+
+    Parameters
+    ----------
+    size : int
+        Side of the crops, in pixels.
+    count : int
+        How many.
+    """
+
+    categories = ("photographs",)
+
+    def __init__(self, size: int, count: int = 6000):
+        crops = crop_textures(texture_bank(), count, size, torch.Generator().manual_seed(0))
+        self.crops = (crops * 255).round().to(torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, i: int) -> dict:
+        crop = self.crops[i].float() / 255
+        return {
+            "image": crop,
+            "mask": torch.zeros_like(crop[:1]),
+            "label": 0,
+            "category": self.categories[0],
+            "category_index": 0,
+            "kind": "good",
+            "path": f"photographs/{i}",
+        }
 
 
 def _square(image: Tensor, size: int) -> Tensor:

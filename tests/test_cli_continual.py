@@ -21,8 +21,9 @@ from diffad_ref.texture_sources import texture_bank
 from diffad_ref.toy import toy_factory
 
 SHORT = ["--image-size", "32", "--steps", "2", "--batch-size", "2", "--save-every", "1"]
-SETTINGS = ["width=8", "norm_groups=4", "window=[3,3]", "feed_forward=16", "condition_layers=1"]
-SMALL = [word for setting in [*SETTINGS, "walk=2"] for word in ("--set", setting)]
+SETTINGS = ["start=null", "width=8", "norm_groups=4", "window=[3,3]", "feed_forward=16"]
+SETTINGS += ["condition_layers=1", "walk=2"]
+SMALL = [word for setting in SETTINGS for word in ("--set", setting)]
 DECO = ["width=8", "multipliers=[1,2]", "heads=1", "context=8", "norm_groups=4"]
 SMALL_DECO = [word for setting in DECO for word in ("--set", setting)]
 METRICS = ("image AUROC", "pixel AUROC", "pixel AP")
@@ -341,6 +342,13 @@ def test_option_that_does_not_fit_one_for_more_is_refused(root, tmp_path, fails,
 
 
 # --------------------------------------------------------------------- train, evaluate and predict
+
+
+def test_network_can_learn_on_photographs_before_any_task(tmp_path):
+    words = ["--method", "OneForMore", "--out", tmp_path, *SHORT, *SMALL]
+    assert command("train", "photographs", *words) == 0
+    record = read_description(tmp_path / "weights")["record"]
+    assert record["data"] == {"name": "photographs", "images": 6000, "categories": ["photographs"]}
 
 
 def test_trained_one_for_more_has_the_settings_that_were_asked_for(trained):

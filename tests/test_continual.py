@@ -30,7 +30,14 @@ from diffad_ref.toy import CATEGORIES, toy_factory
 from diffad_ref.training import trained_weights
 
 SMALL = Config.tiny(
-    32, width=8, norm_groups=4, window=(3, 3), feed_forward=16, condition_layers=1, walk=2
+    32,
+    start=None,
+    width=8,
+    norm_groups=4,
+    window=(3, 3),
+    feed_forward=16,
+    condition_layers=1,
+    walk=2,
 )
 TASKS = [["gear"], ["brick"]]
 ALL = 1 - 1e-9  # of the energy: what an old task needs least is protected too

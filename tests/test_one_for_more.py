@@ -10,7 +10,7 @@ from torch import nn
 from diffad_ref import one_for_more
 from diffad_ref.anomalies import crop_textures
 from diffad_ref.backbones import count_parameters
-from diffad_ref.checkpoints import load_checkpoint, save_checkpoint
+from diffad_ref.checkpoints import SHIPPED, load_checkpoint, read_tensors, save_checkpoint
 from diffad_ref.detector import Rate, Stage
 from diffad_ref.diffusion import add_noise, ddim_times, draw_noise, implied_noise
 from diffad_ref.nsa import Pasting
@@ -20,6 +20,7 @@ from diffad_ref.training import fit
 
 SMALL = Config.tiny(
     32,
+    start=None,
     width=8,
     norm_groups=4,
     window=(3, 3),
@@ -118,7 +119,7 @@ def test_weights_of_convolutions_and_attention_learn_and_nothing_else(name, shap
 
 
 def test_parts_that_a_stage_does_not_name_are_frozen():
-    detector = build()
+    detector = OneForMore(replace(SMALL, start="folder"))
     assert not any(p.requires_grad for p in detector.extractor.parameters())
     assert all(p.requires_grad for p in detector.condition.parameters())
     detector.enter(Stage("condition", 1, 1, {"condition": Rate(1e-3)}))
@@ -127,6 +128,27 @@ def test_parts_that_a_stage_does_not_name_are_frozen():
     assert not any(p.requires_grad for p in detector.condition.parameters())
     learning = {n for n, p in detector.unet.named_parameters() if p.requires_grad}
     assert learning and not any("bias" in n or "norm" in n or "time_emb" in n for n in learning)
+
+
+def test_network_that_starts_from_scratch_learns_all_of_its_weights():
+    assert all(p.requires_grad for p in build().unet.parameters())
+
+
+def test_tiny_profile_starts_from_shipped_photographs_and_then_keeps_what_it_learns():
+    detector = OneForMore(Config.tiny())
+    shipped = read_tensors(SHIPPED / "one_for_more_photographs.safetensors")
+    for name, value in detector.state_dict().items():
+        assert torch.equal(value, shipped[name].to(value.dtype)), name
+    with torch.no_grad():
+        detector.unet.unet.conv_in.weight.add_(1)
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    detector.prepare(None)  # as at the start of the next task
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
+
+
+def test_photographs_fit_no_other_network():
+    with pytest.raises(ValueError, match="another shape.*start=None begins from scratch"):
+        OneForMore(Config.tiny(width=16))
 
 
 def test_training_leaves_codec_features_and_frozen_weights_as_they_are():

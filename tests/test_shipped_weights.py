@@ -11,6 +11,8 @@ from diffad_ref import AnomalyFolder, evaluate, pretrained, toy_factory
 from diffad_ref.checkpoints import SHIPPED, read_description, read_tensors
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
+START = "one_for_more_photographs"  # knows no product, and is judged by none
+JUDGED = [name for name in NAMES if name != START]
 RECORDS = Path(__file__).parent.parent / "book" / "records" / "toy"
 TOY = ("diffusion_ad_toy", "diffusion_ad_toy_segmentation_only")
 
@@ -38,7 +40,8 @@ def test_a_record_says_how_the_weights_came_to_be(name):
     record = read_description(SHIPPED / name)["record"]
     words = shlex.split(record["command"])
     assert words[:3] == ["python", "-m", "diffad_ref"] and words[3] in ("train", "continual")
-    assert {"seed", "steps", "data", "versions", "final_losses", "report"} <= set(record)
+    assert {"seed", "steps", "data", "versions", "final_losses"} <= set(record)
+    assert ("report" in record) == (name in JUDGED)
     steps = sum(stage.steps for stage in pretrained(name).config.stages)
     if len(record.get("tasks", [])) > 1:
         steps = int(words[words.index("--later-steps") + 1])
@@ -46,7 +49,7 @@ def test_a_record_says_how_the_weights_came_to_be(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", JUDGED)
 def test_shipped_weights_reach_the_numbers_of_their_record(name):
     recorded, detector = read_description(SHIPPED / name)["record"]["report"], pretrained(name)
     images = AnomalyFolder(toy_factory(progress=False), "test", categories=detector.categories)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffad_ref.texture_sources import BUILT_IN, estimate_foreground, texture_bank
+from diffad_ref.texture_sources import BUILT_IN, Photographs, estimate_foreground, texture_bank
 from diffad_ref.toy_objects import OBJECTS
 
 # ------------------------------------------------------------------------------------ texture bank
@@ -19,6 +19,16 @@ def test_built_in_bank_holds_the_photographs_of_both_packages():
 
 def test_built_in_bank_holds_nothing_that_the_toy_factory_sells():
     assert not {"brick", "grass", "gravel"} & set(BUILT_IN)
+
+
+def test_photographs_are_equal_crops_for_equal_arguments_and_all_others_differ():
+    crops, again = Photographs(32, 5), Photographs(32, 5)
+    assert len(crops) == 5 and crops.categories == ("photographs",)
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(crops, again, strict=True))
+    assert len({sample["image"].numpy().tobytes() for sample in crops}) == 5
+    batch = torch.utils.data.default_collate([crops[i] for i in range(5)])
+    assert batch["image"].shape == (5, 3, 32, 32) and batch["mask"].shape == (5, 1, 32, 32)
+    assert 0 <= batch["image"].min() and batch["image"].max() <= 1 and not batch["label"].any()
 
 
 def test_folder_is_searched_through_and_each_image_cut_to_its_centre(tmp_path, write):
