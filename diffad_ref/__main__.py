@@ -113,9 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--pictures", type=Path, metavar="PNG", help="best and worst images")
     sub.add_argument("--save", type=Path, help="write the report and its commands as JSON")
-    sub.add_argument(
-        "--record", action="store_true", help="write its tables into the weights' .json"
-    )
+    sub.add_argument("--record", action="store_true", help="write its tables beside the weights")
     sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     sub = command(commands.compare, "put several reports into one table")
