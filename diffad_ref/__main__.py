@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command(commands.train, "train a detector on the good images of a folder")
-    _add_model(sub, "DiffusionAD")
+    _add_model(sub, "DiffusionAD", f"{DATA}, or photographs")
     sub.add_argument("--categories", nargs="+", help="only these")
     sub.add_argument("--textures", help="folder of foreign textures, such as dtd/images")
     sub.add_argument(
@@ -147,9 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(sub, method: str) -> None:
+def _add_model(sub, method: str, data: str = DATA) -> None:
     """On what, and which model, is trained."""
-    sub.add_argument("data", help=DATA)
+    sub.add_argument("data", help=data)
     sub.add_argument("--out", required=True, type=Path, help="folder for checkpoints and weights")
     sub.add_argument("--method", choices=sorted(METHODS), default=method, help="which paper")
     sub.add_argument("--profile", choices=["tiny", "paper"], default="tiny", help="CPU or GPU size")

@@ -54,6 +54,15 @@ def build(seed=0, **changes):
     return detector.eval()
 
 
+def started():
+    """One that has learned before, like the profiles' own."""
+    detector = build()
+    detector.config = replace(SMALL, start="folder")
+    detector.unet.prompt.fill_(1)  # as if it had been read from there
+    detector.enter(detector.stages[-1])
+    return detector
+
+
 def images(count=2):
     return photographs(20, 1)[:count]
 
@@ -119,7 +128,7 @@ def test_weights_of_convolutions_and_attention_learn_and_nothing_else(name, shap
 
 
 def test_parts_that_a_stage_does_not_name_are_frozen():
-    detector = OneForMore(replace(SMALL, start="folder"))
+    detector = started()
     assert not any(p.requires_grad for p in detector.extractor.parameters())
     assert all(p.requires_grad for p in detector.condition.parameters())
     detector.enter(Stage("condition", 1, 1, {"condition": Rate(1e-3)}))
@@ -152,7 +161,7 @@ def test_photographs_fit_no_other_network():
 
 
 def test_training_leaves_codec_features_and_frozen_weights_as_they_are():
-    detector = build()
+    detector = started()
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     samples = [{"image": image} for image in images(4)]
     fit(detector, samples, 2, 2, progress=False, cpu=True)
@@ -187,7 +196,7 @@ def test_condition_learns_from_both_losses_and_the_unet_from_one(part):
 
 
 def test_biases_norms_and_time_layers_of_the_unet_get_no_gradient():
-    detector = build()
+    detector = started()
     detector.training_loss(batch_of(), seeded())["loss"].backward()
     for name, parameter in detector.unet.named_parameters():
         assert (parameter.grad is not None) is learns(name, parameter), name
