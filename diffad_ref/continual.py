@@ -183,8 +183,8 @@ def held_out_loss(detector: Detector, data: AnomalyFolder, seed: int = 0) -> flo
 
 # ------------------------------------------------------------------------------------------ loop
 
-GAMMA = 0.99999  # share of an old task's energy that is protected
-ENERGY = 0.999999  # share of it that the running SVD keeps: more, or gamma could not be reached
+GAMMA = 0.9999  # share of an old task's energy that is protected
+ENERGY = 0.99999  # share of it that the running SVD keeps: more, or gamma could not be reached
 
 HARMLESS = ("save_every", "num_workers", "cpu")  # options of `fit` that may change in between
 
