@@ -9,6 +9,7 @@ import torch
 
 from diffad_ref import AnomalyFolder, evaluate, pretrained, toy_factory
 from diffad_ref.checkpoints import SHIPPED, read_description, read_tensors
+from diffad_ref.continual import Continual
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
 START = "one_for_more_photographs"  # knows no product, and is judged by none
@@ -93,3 +94,14 @@ def test_what_only_a_reconstruction_can_see_is_lost_without_it(kind):
 def test_the_full_method_beats_its_ablation_in_the_mean(metric):
     full, alone = (read_description(SHIPPED / name)["record"]["report"]["mean"] for name in TOY)
     assert full[metric] > alone[metric]
+
+
+def test_protection_forgets_a_third_and_ends_near_joint_training():
+    runs = read_description(SHIPPED / "one_for_more_toy_3")["record"]["runs"]
+    kinds = ("none", "update", "joint")
+    none, update, joint = (Continual(**runs[name]["continual"]) for name in kinds)
+    for metric in ("image_auroc", "pixel_ap", "loss"):
+        assert update.forgetting(metric) <= none.forgetting(metric) / 3, metric
+    for metric, least in (("image_auroc", 0.75), ("pixel_ap", 0.25)):
+        assert update.a_metric(metric) > max(least, none.a_metric(metric))
+    assert update.a_metric("image_auroc") >= 0.9 * joint.a_metric("image_auroc")
