@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import threading
 import types
 import typing
@@ -51,7 +52,7 @@ def save_checkpoint(
         "config": dataclasses.asdict(detector.config),
         "record": record or {},
     }
-    text = json.dumps(description, indent=1)  # first: if it cannot be, the old pair stays
+    text = _as_text(description)  # first: if it cannot be, the old pair stays
     write_tensors(state, path)
     write_text(text, path.with_suffix(".json"))
     return path
@@ -120,7 +121,13 @@ def add_to_record(path: str | os.PathLike, entries: dict) -> None:
     """Add entries to the record in the JSON beside a weights file; the weights stay as they are."""
     description = read_description(path)
     description["record"] = (description.get("record") or {}) | entries
-    write_text(json.dumps(description, indent=1), _weights_path(path).with_suffix(".json"))
+    write_text(_as_text(description), _weights_path(path).with_suffix(".json"))
+
+
+def _as_text(description: dict) -> str:
+    """JSON, one entry a line, with flat lists on one line."""
+    text = json.dumps(description, indent=1)
+    return re.sub(r"\[\n[^\[\]{}]*\]", lambda flat: re.sub(r"\n\s*", "", flat[0]), text)
 
 
 def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: object) -> None:
