@@ -106,7 +106,8 @@ def result_tables(records: Path, names: dict[str, str]) -> str:
         for metric, words in (("image_auroc", "image AUROC"), ("pixel_ap", "pixel AP")):
             parts.append(f"By kind of defect, {words}:\n\n{compare_kinds(reports, metric)}\n")
         best = order[-1]
-        parts.append(f"By category, {best}:\n\n{reports[best].table()}\n")
+        if len(reports[best].rows) > 1:
+            parts.append(f"By category, {best}:\n\n{reports[best].table()}\n")
         parts.append("Made by\n\n```bash\n" + "\n".join(dict.fromkeys(commands)) + "\n```\n")
     return "\n".join(parts)
 

@@ -234,6 +234,7 @@ def test_results_are_read_from_the_records_worst_method_first(tmp_path):
     assert text.index("| PCA | 12.3 |") < text.index("| full method | **75.0** |")
     assert "| gear | bent | 12.3 | **75.0** |" in text
     assert "train\nevaluate PCA\nevaluate full_method\n```" in text  # a command stands there once
+    assert "By category" not in text  # of a single one, the first table says it all
 
 
 def test_the_results_page_has_records_of_every_data_set_that_it_names():
