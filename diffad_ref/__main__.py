@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("data", help=DATA)
     sub.add_argument("--categories", nargs="+", help="only these")
     sub.add_argument("--image-size", type=positive, help="pixels, for template and PCA")
+    sub.add_argument(
+        "--adapt", action="store_true", help="template and PCA: see images in equal light"
+    )
     _add_set(sub)
     sub.add_argument("--batch-size", type=positive, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")

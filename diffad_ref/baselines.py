@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from diffad_ref.detector import Prediction, class_indices
 from diffad_ref.images import check_images
+from diffad_ref.light import adapted, unadapted
 from diffad_ref.metrics import top_k_mean
 
 
@@ -24,10 +25,11 @@ class Baseline(nn.Module):
     that only the maps differ. Parameters are those of the subclasses.
     """
 
-    def __init__(self, per_category: bool = True, sigma: float = 1.0):
+    def __init__(self, per_category: bool = True, sigma: float = 1.0, adapt: bool = False):
         super().__init__()
         self.per_category = per_category
         self.sigma = sigma
+        self.adapt = adapt
         self.categories: tuple[str, ...] = ()
         self.register_buffer("mean", None)
 
@@ -53,7 +55,7 @@ class Baseline(nn.Module):
         if len(dataset) == 0:
             raise ValueError("the data set is empty: there is nothing to learn from")
         batches = list(DataLoader(dataset, batch_size=64))
-        images = torch.cat([batch["image"] for batch in batches])
+        images = self._view(torch.cat([batch["image"] for batch in batches]))
         if any(batch["label"].any() for batch in batches):
             raise ValueError("baselines learn from good images only; use the train split")
         names = [name for batch in batches for name in batch["category"]]
@@ -90,10 +92,14 @@ class Baseline(nn.Module):
                 f"fitted on images {tuple(self.mean.shape[1:])}, got {tuple(images.shape[1:])}"
             )
         group = self._group(len(images), category_index)
-        normal, anomaly = self._rebuild(images, group)
+        normal, anomaly = self._rebuild(self._view(images), group)
+        normal = unadapted(normal.clamp(0, 1), images) if self.adapt else normal
         size = 2 * round(4 * self.sigma) + 1
         anomaly = gaussian_blur(anomaly[:, None], [size, size], [self.sigma, self.sigma])[:, 0]
         return Prediction(anomaly, top_k_mean(anomaly, k=50), normal.clamp(0, 1))
+
+    def _view(self, images: Tensor) -> Tensor:
+        return adapted(images) if self.adapt else images
 
     def _group(self, count: int, category_index: Tensor | None) -> Tensor:
         """Which of the fitted groups each image belongs to."""
@@ -117,12 +123,14 @@ class Template(Baseline):
         One template for each category; else one for all images.
     sigma : float
         Width in pixels of the Gaussian that smooths the map.
+    adapt : bool
+        See images as an eye that has adapted to their brightness (`diffad_ref.light`).
     """
 
     _learned = ("mean", "std")
 
-    def __init__(self, eps: float = 0.05, per_category: bool = True, sigma: float = 1.0):
-        super().__init__(per_category, sigma)
+    def __init__(self, eps=0.05, per_category: bool = True, sigma=1.0, adapt: bool = False):
+        super().__init__(per_category, sigma, adapt)
         self.eps = eps
         self.register_buffer("std", None)
 
@@ -143,7 +151,7 @@ class PCA(Baseline):
     ----------
     n_components : int
         Components a group; fewer where it has too few images.
-    per_category
+    per_category, adapt
         As for `Template`.
     sigma : float
         As for `Template`; 3 was the best of 1, 1.5, 2 and 3 on the factory of seed 1.
@@ -151,8 +159,8 @@ class PCA(Baseline):
 
     _learned = ("mean", "components")
 
-    def __init__(self, n_components: int = 80, per_category: bool = True, sigma: float = 3.0):
-        super().__init__(per_category, sigma)
+    def __init__(self, n_components=80, per_category: bool = True, sigma=3.0, adapt: bool = False):
+        super().__init__(per_category, sigma, adapt)
         self.n_components = n_components
         self.register_buffer("components", None)
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffad_ref.light import adapted, unadapted
+
 
 @dataclass(frozen=True)
 class CodecConfig:
@@ -27,6 +29,7 @@ class CodecConfig:
     kind: str = "kl"  # "kl": a variational autoencoder; "pca": principal components of patches
     channels: int = 4  # of a latent
     factor: int = 8  # image side over latent side
+    adapted: bool = False  # see images as an eye that has adapted to their brightness
     # Of the autoencoder.
     pretrained: str = "stabilityai/sd-vae-ft-ema"  # name on the hub, or a local folder
     subfolder: str = ""  # where in it, for the autoencoder of a whole pipeline: "vae"
@@ -47,17 +50,26 @@ class Codec(nn.Module, ABC):
 
     config: CodecConfig
 
+    def view(self, x: Tensor) -> Tensor:
+        """What the codec sees of images, and rebuilds: themselves, or the adapted eye's view."""
+        return adapted((x + 1) / 2) * 2 - 1 if self.config.adapted else x
+
     @abstractmethod
     def posterior(self, x: Tensor) -> Tensor:
         """Mean and standard deviation of the latents of images, stacked: (B, 2C, H/f, W/f)."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """Images of latents (B, C, h, w), about in [-1, 1]: not clamped."""
+        """Images of latents (B, C, h, w) as in `view`, about in [-1, 1]: not clamped."""
 
     @abstractmethod
     def prepare(self, dataset) -> None:
         """Learn or load what the codec needs to know before it is used, if it does not yet."""
+
+    def picture(self, decoded: Tensor, images: Tensor | None = None) -> Tensor:
+        """What was decoded, as pictures in [0, 1] in the light of the images, if they are given."""
+        seen = ((decoded + 1) / 2).clamp(0, 1)
+        return seen if images is None or not self.config.adapted else unadapted(seen, images)
 
     def encode(self, x: Tensor) -> Tensor:
         """The mean latent (B, C, H/f, W/f) of images: what inference starts from."""
@@ -143,7 +155,7 @@ class PatchPCA(Codec):
         """Patches as channels: (B, 3f², H/f, W/f)."""
         for side in x.shape[-2:]:
             self.check(side)
-        return F.pixel_unshuffle(x, self.config.factor)
+        return F.pixel_unshuffle(self.view(x), self.config.factor)
 
     def _check_ready(self) -> None:
         if not self.components.any():
@@ -224,7 +236,8 @@ class KLCodec(Codec):
         if self.ready:
             return
         loaded = KLCodec.from_pretrained(self.config.pretrained, self.config.subfolder)
-        if replace(loaded.config, pretrained="") != replace(self.config, pretrained=""):
+        same = {"pretrained": "", "adapted": False}  # of these it knows nothing
+        if replace(loaded.config, **same) != replace(self.config, **same):
             raise ValueError(
                 f"the autoencoder {self.config.pretrained!r} is another than the config says: "
                 f"{loaded.config}, not {self.config}"
@@ -233,7 +246,7 @@ class KLCodec(Codec):
 
     def posterior(self, x: Tensor) -> Tensor:
         self._check_ready()
-        latent = self.vae.encode(x).latent_dist
+        latent = self.vae.encode(self.view(x)).latent_dist
         return self.config.scale * torch.cat([latent.mean, latent.std], 1)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -255,10 +268,10 @@ def psnr(x: Tensor, x_hat: Tensor) -> float:
 
 @torch.no_grad()
 def rebuild(codec: Codec, dataset, batch_size: int = 32, progress: bool = True) -> float:
-    """PSNR in dB of the codec's reconstructions, clamped to [-1, 1], over a data set."""
+    """PSNR in dB of what the codec rebuilds of what it sees, clamped, over a data set."""
     errors, device = [], next(codec.buffers()).device
     for batch in tqdm(DataLoader(dataset, batch_size), "rebuild", disable=not progress):
         x = batch["image"].to(device) * 2 - 1
-        error = x - codec.decode(codec.encode(x)).clamp(-1, 1)
+        error = codec.view(x) - codec.decode(codec.encode(x)).clamp(-1, 1)
         errors.append(error.square().mean((1, 2, 3)))
     return -10 * (torch.cat(errors).mean() / 4).log10().item()

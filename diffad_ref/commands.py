@@ -228,9 +228,11 @@ def evaluate(arguments) -> None:
         size = arguments.image_size or 64
         root = _root(arguments.data, size, 0)
         train = AnomalyFolder(root, "train", size, arguments.categories)
-        detector = BASELINES[arguments.weights]().fit(train)
+        detector = BASELINES[arguments.weights](adapt=arguments.adapt).fit(train)
         data = AnomalyFolder(root, "test", size, arguments.categories)
     else:
+        if arguments.adapt:
+            raise ValueError("--adapt is for template and PCA: of weights, it is in the config")
         detector = _rebuilt(load_checkpoint(arguments.weights), arguments)
         detector.to(Accelerator().device)
         trained = read_description(arguments.weights)["record"]

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from diffad_ref.backbones import LatentUNet
 from diffad_ref.codecs import Codec, CodecConfig, build_codec, draw_latent
-from diffad_ref.detector import Detector, Prediction, Rate, Stage, class_indices
-from diffad_ref.diffusion import Schedule, respaced
+from diffad_ref.detector import Detector, Prediction, Rate, Stage, check_categories, class_indices
+from diffad_ref.diffusion import Schedule, draw_times, respaced
 from diffad_ref.images import check_images, moved_crop
 from diffad_ref.maps import clip_and_scale, enlarge, gaussian_filter
 from diffad_ref.patches import Corruption, draw_corruption
+from diffad_ref.spins import grid_moves, mean_in_place, move
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -63,6 +64,7 @@ class Config:
     # Correction.
     times: tuple[int, ...] = (8, 6, 4, 2, 0)  # time steps of the correction: 5 of the 10
     rescale: bool = False  # fit the direction to the next noise level between steps
+    spins: int = 1  # places of the codec's grid, on each axis, that a map is averaged over
     # Scoring.
     fusion: str = "geometric"  # or "arithmetic", "image", "latent"
     image_clip: float = 0.4  # of a difference of images in [-1, 1]
@@ -236,6 +238,12 @@ FUSIONS = {
     "latent": lambda image, latent: latent,
 }
 
+
+def image_score(anomaly_map: Tensor) -> Tensor:
+    """How abnormal an image is: the largest value (B,) of its map (B, H, W)."""
+    return anomaly_map.flatten(1).amax(1)  # C10
+
+
 # -------------------------------------------------------------------------------------- detector
 
 
@@ -259,8 +267,13 @@ class DecoDiff(Detector):
             self.config = config = replace(config, codec=codec.config)
         self.schedule = Schedule.named(config.schedule, config.steps)
         self.codec = codec or build_codec(config.codec)
-        self.codec.check(config.image_size)
-        _check_patches(config)
+        size, factor = config.image_size, config.codec.factor
+        self.codec.check(size)
+        self.moves = grid_moves(factor, config.spins)
+        config.corruption.check(size // factor)
+        multiple = factor * 2 ** (len(config.multipliers) - 1)
+        if size % multiple:
+            raise ValueError(f"image_size must be a multiple of {multiple}, not {size}")
         self.corrector = LatentUNet(
             config.codec.channels,
             config.classes,
@@ -277,12 +290,7 @@ class DecoDiff(Detector):
 
     def prepare(self, dataset) -> None:
         """Train or load the codec, before the first step of a training run."""
-        categories = getattr(dataset, "categories", ())
-        if len(categories) > self.config.classes:
-            raise ValueError(
-                f"{len(categories)} categories do not fit into a table of {self.config.classes} "
-                "classes; build the detector with classes=..."
-            )
+        check_categories(getattr(dataset, "categories", ()), self.config.classes)
         self.codec.prepare(dataset)
 
     def training_loss(self, batch, generator=None):
@@ -297,9 +305,7 @@ class DecoDiff(Detector):
                 posterior = self.codec.posterior(x * 2 - 1)
             z_0 = draw_latent(posterior, generator)
             category = self._classes(batch.get("category_index"), len(z_0))
-            t = torch.randint(
-                len(self.schedule), (len(z_0),), generator=generator, device=generator.device
-            ).to(z_0.device)
+            t = draw_times((0, len(self.schedule)), z_0, generator)
             abar = self.schedule.at(t)
             mask, eps = draw_corruption(z_0, self.config.corruption, generator)
             z_t, eta = corrupt(z_0, eps, mask, abar), deviation(z_0, eps, mask, abar)
@@ -332,9 +338,13 @@ class DecoDiff(Detector):
             Instead of the config's.
         """
         self.check(images)
-        z_0 = self.encode(images.to(self.device))
-        states = self.reconstruct(z_0, category_index, steps, start, times, rescale)
-        return self.compare(z_0, states[-1], fusion)
+        images, found = images.to(self.device), []
+        for x in (move(images, *way) for way in self.moves):
+            z_0 = self.encode(x)
+            states = self.reconstruct(z_0, category_index, steps, start, times, rescale)
+            found.append(self.compare(z_0, states[-1], fusion, x))
+        anomaly_map = mean_in_place([f.anomaly_map for f in found], self.moves)
+        return replace(found[0], anomaly_map=anomaly_map, score=image_score(anomaly_map))
 
     def encode(self, images: Tensor) -> Tensor:
         """Mean latent (B, C, h, w) of images (B, 3, H, W) in [0, 1]."""
@@ -356,8 +366,11 @@ class DecoDiff(Detector):
         )
 
     @torch.no_grad()
-    def compare(self, z_0: Tensor, z_hat: Tensor, fusion: str | None = None) -> Prediction:
-        """Judge corrected latents beside the original ones, both (B, C, h, w)."""
+    def compare(self, z_0, z_hat, fusion: str | None = None, images=None) -> Prediction:
+        """Judge corrected latents beside the original ones, both (B, C, h, w).
+
+        Pictures are in the light of `images`, or else as the codec sees them.
+        """
         fusion, config = fusion or self.config.fusion, self.config
         if fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {fusion!r}; there are {', '.join(FUSIONS)}")
@@ -370,10 +383,10 @@ class DecoDiff(Detector):
         anomaly_map = FUSIONS[fusion](image, latent)
         return Prediction(
             anomaly_map=anomaly_map,
-            score=anomaly_map.flatten(1).amax(1),  # C10
-            reconstruction=((x_hat + 1) / 2).clamp(0, 1),
+            score=image_score(anomaly_map),
+            reconstruction=self.codec.picture(x_hat, images),
             parts={
-                "decoded": ((x_0 + 1) / 2).clamp(0, 1),
+                "decoded": self.codec.picture(x_0, images),
                 "image_discrepancy": image,
                 "latent_discrepancy": latent,
                 "z_0": z_0,
@@ -385,15 +398,3 @@ class DecoDiff(Detector):
         return class_indices(
             category_index, count, self.config.classes, self.categories, self.device
         )
-
-
-def _check_patches(config: Config) -> None:
-    """Patches and levels of the network must divide the latent."""
-    side, corruption = config.image_size // config.codec.factor, config.corruption
-    bad = [patch for patch in corruption.patch_sizes if side % patch]
-    if bad or not corruption.patch_sizes:
-        raise ValueError(f"patches of {bad} cells do not divide latents of {side} cells")
-    halvings = 2 ** (len(config.multipliers) - 1)
-    if side % halvings:
-        multiple = halvings * config.codec.factor
-        raise ValueError(f"image_size must be a multiple of {multiple}, not {config.image_size}")

@@ -156,6 +156,15 @@ class Detector(nn.Module, ABC):
         return next(self.parameters()).device
 
 
+def check_categories(names: Sequence[str], classes: int) -> None:
+    """Refuse a data set of more categories than the class table has rows."""
+    if len(names) > classes:
+        raise ValueError(
+            f"{len(names)} categories do not fit into a table of {classes} classes; "
+            "build the detector with classes=..."
+        )
+
+
 def class_indices(
     category_index: Tensor | None,
     count: int,

@@ -298,3 +298,10 @@ def ddim_walk(
 def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard Gaussian noise; drawn on the generator's device, so a seed means one thing."""
     return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
+
+
+def draw_times(limits: tuple[int, int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Time steps (B,), long, one for each sample of a batch; the first limit is among them."""
+    return torch.randint(*limits, (len(like),), generator=generator, device=generator.device).to(
+        like.device
+    )

@@ -22,7 +22,7 @@ from diffad_ref.anomalies import Synthesis, synthesize
 from diffad_ref.backbones import Denoiser, SegmentationNet, adm_unet
 from diffad_ref.data import is_texture
 from diffad_ref.detector import Detector, Prediction, Rate, Stage
-from diffad_ref.diffusion import Schedule, add_noise, draw_noise, predict_x0
+from diffad_ref.diffusion import Schedule, add_noise, draw_noise, draw_times, predict_x0
 from diffad_ref.metrics import top_k_mean
 from diffad_ref.texture_sources import estimate_foreground, texture_bank
 
@@ -274,8 +274,8 @@ class DiffusionAD(Detector):
         losses = {}
         noise_s, noise_b = draw_noise(x, generator), draw_noise(x, generator)
         if self.config.reconstruct:
-            t_s = self._draw_times(self.config.t_s_range, x, generator)  # D3
-            t_b = self._draw_times(self.config.t_b_range, x, generator)
+            t_s = draw_times(self.config.t_s_range, x, generator)  # D3
+            t_b = draw_times(self.config.t_b_range, x, generator)
             with torch.set_grad_enabled("denoiser" in self.stage.lr):
                 steps = noise_to_norm(
                     self.denoiser, x, t_s, t_b, noise_s, noise_b, self.schedule, self.config.w
@@ -333,11 +333,6 @@ class DiffusionAD(Detector):
             score=top_k_mean(mask[:, 0], self.config.top_k),  # D11
             reconstruction=x0.clamp(0, 1),
             parts=parts or {},
-        )
-
-    def _draw_times(self, limits: tuple[int, int], x: Tensor, generator) -> Tensor:
-        return torch.randint(*limits, (len(x),), generator=generator, device=generator.device).to(
-            x.device
         )
 
     def _synthesize(self, batch, generator):

@@ -30,6 +30,7 @@ from diffad_ref.diffusion import (
     ddim_times,
     ddim_walk,
     draw_noise,
+    draw_times,
     implied_noise,
 )
 from diffad_ref.features import PatchFeatures, ResNetFeatures
@@ -213,9 +214,7 @@ class OneForMore(Detector):
             x_tilde, _ = paste(x, self.config.pasting, generator)
             z_0 = draw_latent(self.codec.posterior(x * 2 - 1), generator)
             eps = draw_noise(z_0, generator)
-            t = torch.randint(
-                len(self.schedule), (len(x),), generator=generator, device=generator.device
-            ).to(x.device)
+            t = draw_times((0, len(self.schedule)), x, generator)
             z_t = add_noise(z_0, eps, self.schedule.at(t))
         condition = self.condition(x_tilde)  # A2
         clean = self.condition.features(x)
@@ -242,7 +241,7 @@ class OneForMore(Detector):
         x = images.to(self.device)
         z_0 = self.codec.encode(x * 2 - 1)
         z_hat = self.reconstruct(x, z_0, generator)[-1]
-        decoded, rebuilt = ((self.codec.decode(z) / 2 + 0.5).clamp(0, 1) for z in (z_0, z_hat))
+        decoded, rebuilt = (self.codec.picture(self.codec.decode(z), x) for z in (z_0, z_hat))
         anomaly_map = self.compare(decoded, rebuilt)
         return Prediction(
             anomaly_map=anomaly_map,

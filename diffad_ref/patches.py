@@ -41,6 +41,12 @@ class Corruption:
         total = sum(p for _, p in table)
         return cls(tuple(size for size, _ in table), tuple(p / total for _, p in table))
 
+    def check(self, side: int) -> None:
+        """Refuse patches that do not divide latents of so many cells a side."""
+        bad = [patch for patch in self.patch_sizes if side % patch]
+        if bad or not self.patch_sizes:
+            raise ValueError(f"patches of {bad} cells do not divide latents of {side} cells")
+
 
 def cut(images: Tensor, height: int, width: int) -> Tensor:
     """The patches (B, n, C, height, width) of images (B, C, H, W), which they must divide."""

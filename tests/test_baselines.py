@@ -137,3 +137,15 @@ def test_input_that_does_not_fit_is_named(make, images, index, words):
     model = make().fit(Plates())
     with pytest.raises(ValueError, match=words):
         model.predict(images, None if index is None else torch.tensor(index))
+
+
+@BASELINES
+def test_baseline_that_adapts_judges_an_image_the_same_in_any_light(make):
+    x, index = 0.2 + 0.6 * torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+    model = make(adapt=True).fit(Plates())
+    bright, dim = (model.predict(light * x, index) for light in (1, 0.25))
+    assert torch.allclose(bright.anomaly_map, dim.anomaly_map, atol=1e-4)
+    assert torch.allclose(0.25 * bright.reconstruction, dim.reconstruction, atol=1e-3)
+    plain = make().fit(Plates())
+    a, b = (plain.predict(light * x, index).anomaly_map for light in (1, 0.25))
+    assert not torch.allclose(a, b, atol=1e-2)

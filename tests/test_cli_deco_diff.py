@@ -255,3 +255,31 @@ def test_option_that_does_not_fit_the_method_is_refused(
 def test_option_of_deco_diff_is_refused_for_another_method(mvtec_root, tmp_path, fails, option):
     words = ["train", mvtec_root, "--out", tmp_path / "out", f"--{option}", tmp_path / "file"]
     assert f"--{option} is not for DiffusionAD" in fails(command, *words)
+
+
+# ---------------------------------------------------------------------------------- light and grid
+
+
+def test_weights_that_see_in_equal_light_say_so_and_can_be_judged_with_more_spins(
+    mvtec_root, tmp_path
+):
+    assert train(mvtec_root, tmp_path, "--set", "codec.adapted=true") == 0
+    detector = load_checkpoint(tmp_path / "weights")
+    assert detector.config.codec.adapted and detector.config.spins == 1
+    x, index = 0.2 + 0.6 * torch.rand(1, 3, 32, 32), torch.tensor([0])
+    bright, dim = (detector.predict(light * x, index) for light in (1, 0.5))
+    assert torch.allclose(bright.anomaly_map, dim.anomaly_map, atol=1e-3)
+    report = tmp_path / "report.json"
+    words = ["evaluate", tmp_path / "weights", mvtec_root, "--set", "spins=2", "--save", report]
+    assert command(*words) == 0 and json.loads(report.read_text())["report"]["mean"]
+
+
+def test_number_of_spins_that_does_not_divide_a_cell_is_refused(run, fails, mvtec_root):
+    words = ["evaluate", run / "weights", mvtec_root, "--set", "spins=3"]
+    assert "a cell of 4 pixels does not divide into spins=3 places" in fails(command, *words)
+
+
+def test_adapting_is_an_option_of_baselines_and_a_setting_of_weights(run, fails, mvtec_root):
+    assert command("evaluate", "PCA", mvtec_root, "--image-size", 32, "--adapt") == 0
+    said = fails(command, "evaluate", run / "weights", mvtec_root, "--adapt")
+    assert "--adapt is for template and PCA" in said
