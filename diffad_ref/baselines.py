@@ -55,7 +55,7 @@ class Baseline(nn.Module):
         if len(dataset) == 0:
             raise ValueError("the data set is empty: there is nothing to learn from")
         batches = list(DataLoader(dataset, batch_size=64))
-        images = self._view(torch.cat([batch["image"] for batch in batches]))
+        images = self._seen(torch.cat([batch["image"] for batch in batches]))
         if any(batch["label"].any() for batch in batches):
             raise ValueError("baselines learn from good images only; use the train split")
         names = [name for batch in batches for name in batch["category"]]
@@ -92,13 +92,13 @@ class Baseline(nn.Module):
                 f"fitted on images {tuple(self.mean.shape[1:])}, got {tuple(images.shape[1:])}"
             )
         group = self._group(len(images), category_index)
-        normal, anomaly = self._rebuild(self._view(images), group)
+        normal, anomaly = self._rebuild(self._seen(images), group)
         normal = unadapted(normal.clamp(0, 1), images) if self.adapt else normal
         size = 2 * round(4 * self.sigma) + 1
         anomaly = gaussian_blur(anomaly[:, None], [size, size], [self.sigma, self.sigma])[:, 0]
         return Prediction(anomaly, top_k_mean(anomaly, k=50), normal.clamp(0, 1))
 
-    def _view(self, images: Tensor) -> Tensor:
+    def _seen(self, images: Tensor) -> Tensor:
         return adapted(images) if self.adapt else images
 
     def _group(self, count: int, category_index: Tensor | None) -> Tensor:

@@ -50,7 +50,7 @@ class Codec(nn.Module, ABC):
 
     config: CodecConfig
 
-    def view(self, x: Tensor) -> Tensor:
+    def seen(self, x: Tensor) -> Tensor:
         """What the codec sees of images, and rebuilds: themselves, or the adapted eye's view."""
         return adapted((x + 1) / 2) * 2 - 1 if self.config.adapted else x
 
@@ -60,7 +60,7 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """Images of latents (B, C, h, w) as in `view`, about in [-1, 1]: not clamped."""
+        """Images of latents (B, C, h, w) as in `seen`, about in [-1, 1]: not clamped."""
 
     @abstractmethod
     def prepare(self, dataset) -> None:
@@ -155,7 +155,7 @@ class PatchPCA(Codec):
         """Patches as channels: (B, 3f², H/f, W/f)."""
         for side in x.shape[-2:]:
             self.check(side)
-        return F.pixel_unshuffle(self.view(x), self.config.factor)
+        return F.pixel_unshuffle(self.seen(x), self.config.factor)
 
     def _check_ready(self) -> None:
         if not self.components.any():
@@ -246,7 +246,7 @@ class KLCodec(Codec):
 
     def posterior(self, x: Tensor) -> Tensor:
         self._check_ready()
-        latent = self.vae.encode(self.view(x)).latent_dist
+        latent = self.vae.encode(self.seen(x)).latent_dist
         return self.config.scale * torch.cat([latent.mean, latent.std], 1)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -272,6 +272,6 @@ def rebuild(codec: Codec, dataset, batch_size: int = 32, progress: bool = True) 
     errors, device = [], next(codec.buffers()).device
     for batch in tqdm(DataLoader(dataset, batch_size), "rebuild", disable=not progress):
         x = batch["image"].to(device) * 2 - 1
-        error = codec.view(x) - codec.decode(codec.encode(x)).clamp(-1, 1)
+        error = codec.seen(x) - codec.decode(codec.encode(x)).clamp(-1, 1)
         errors.append(error.square().mean((1, 2, 3)))
     return -10 * (torch.cat(errors).mean() / 4).log10().item()
