@@ -10,7 +10,7 @@ from pathlib import Path
 from diffad_ref import plan
 from diffad_ref.continual import Continual, summarise
 from diffad_ref.evaluation import Report, compare, compare_kinds
-from diffad_ref.tables import HEADERS
+from diffad_ref.tables import HEADERS, Table
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
@@ -104,12 +104,25 @@ def result_tables(records: Path, names: dict[str, str]) -> str:
         commands = [line for name in order for line in found[name]["commands"]]
         parts += [f"### {title}\n", f"{compare(reports)}\n"]
         for metric, words in (("image_auroc", "image AUROC"), ("pixel_ap", "pixel AP")):
-            parts.append(f"By kind of defect, {words}:\n\n{compare_kinds(reports, metric)}\n")
+            kinds = compare_kinds(reports, metric)
+            if len(reports[order[0]].rows) == 1:  # many methods, few kinds: a method a row
+                kinds = turned(kinds)
+            parts.append(f"By kind of defect, {words}:\n\n{kinds}\n")
         best = order[-1]
         if len(reports[best].rows) > 1:
             parts.append(f"By category, {best}:\n\n{reports[best].table()}\n")
         parts.append("Made by\n\n```bash\n" + "\n".join(dict.fromkeys(commands)) + "\n```\n")
     return "\n".join(parts)
+
+
+def turned(kinds: Table) -> Table:
+    """A table of `compare_kinds` for one category, with a row for each method."""
+    names = tuple(row["kind"] for row in kinds.rows)
+    rows = [
+        {"method": method} | {row["kind"]: row[method] for row in kinds.rows}
+        for method in kinds.columns[kinds.labels :]
+    ]
+    return Table(("method", *names), rows, best=True, fractions=names)
 
 
 def interval_table(records: Path) -> str:

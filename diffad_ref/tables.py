@@ -34,7 +34,7 @@ class Table:
     rows : list of dict
         Fractions for metrics; None for what is not defined, shown as an empty cell.
     best : bool
-        Set the largest metric of each column in bold.
+        Set the largest fraction of each column in bold.
     across : bool
         All columns but the labels are one metric of rival methods: the best stands in each row.
     labels : int
@@ -94,19 +94,20 @@ class Table:
     def __repr__(self) -> str:
         return self.to_markdown()
 
-    def _is_metric(self, name: str) -> bool:
-        return name in METRICS or (self.across and name in self.columns[self.labels :])
+    def _is_fraction(self, name: str) -> bool:
+        rival = self.across and name in self.columns[self.labels :]
+        return rival or name in METRICS or name in self.fractions
 
     def _text(self, row: dict, name: str) -> str:
         value = row.get(name)
         if value is None:
             return ""
-        if self._is_metric(name) or name in self.fractions:
+        if self._is_fraction(name):
             return f"{100 * value:.1f}"
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     def _is_best(self, row: dict, name: str) -> bool:
-        if not self.best or not self._is_metric(name) or row.get(name) is None:
+        if not self.best or not self._is_fraction(name) or row.get(name) is None:
             return False
         if self.across:
             rivals = [row.get(other) for other in self.columns[self.labels :]]
