@@ -129,7 +129,13 @@ class Template(Baseline):
 
     _learned = ("mean", "std")
 
-    def __init__(self, eps=0.05, per_category: bool = True, sigma=1.0, adapt: bool = False):
+    def __init__(
+        self,
+        eps: float = 0.05,
+        per_category: bool = True,
+        sigma: float = 1.0,
+        adapt: bool = False,
+    ):
         super().__init__(per_category, sigma, adapt)
         self.eps = eps
         self.register_buffer("std", None)
@@ -159,7 +165,13 @@ class PCA(Baseline):
 
     _learned = ("mean", "components")
 
-    def __init__(self, n_components=80, per_category: bool = True, sigma=3.0, adapt: bool = False):
+    def __init__(
+        self,
+        n_components: int = 80,
+        per_category: bool = True,
+        sigma: float = 3.0,
+        adapt: bool = False,
+    ):
         super().__init__(per_category, sigma, adapt)
         self.n_components = n_components
         self.register_buffer("components", None)

@@ -301,7 +301,7 @@ def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_times(limits: tuple[int, int], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Time steps (B,), long, one for each sample of a batch; the first limit is among them."""
+    """Time steps (B,), long, one for each sample of a batch: low <= t < high of the limits."""
     return torch.randint(*limits, (len(like),), generator=generator, device=generator.device).to(
         like.device
     )
