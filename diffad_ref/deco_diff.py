@@ -25,6 +25,7 @@ from diffad_ref.detector import Detector, Prediction, Rate, Stage, check_categor
 from diffad_ref.diffusion import Schedule, draw_times, respaced
 from diffad_ref.images import check_images, moved_crop
 from diffad_ref.maps import clip_and_scale, enlarge, gaussian_filter
+from diffad_ref.masking import visibility
 from diffad_ref.patches import Corruption, draw_corruption
 from diffad_ref.spins import grid_moves, mean_in_place, move
 
@@ -71,6 +72,7 @@ class Config:
     image_sigma: float = 3.0  # pixels
     latent_clip: float = 0.2
     latent_sigma: float = 1.0  # latent cells
+    masking: float = 0.0  # contrast, of images in [-1, 1], that halves a difference; 0 none
     # 800 epochs of MVTec AD's 3,629 images; the cosine would reach 0 after 1,200.
     stages: tuple[Stage, ...] = (
         Stage(
@@ -262,9 +264,8 @@ class DecoDiff(Detector):
 
     def __init__(self, config: Config | None = None, codec: Codec | None = None):
         super().__init__()
-        self.config = config = config or Config.paper()
-        if codec is not None:
-            self.config = config = replace(config, codec=codec.config)
+        config = config or Config.paper()
+        self.config = config = replace(config, codec=codec.config) if codec else config
         self.schedule = Schedule.named(config.schedule, config.steps)
         self.codec = codec or build_codec(config.codec)
         size, factor = config.image_size, config.codec.factor
@@ -297,11 +298,9 @@ class DecoDiff(Detector):
         """Scalar "loss" for a batch of normal images, or of their latents (C5)."""
         generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
         with torch.no_grad():
-            posterior = batch.get("posterior")
-            if posterior is None:
+            if (posterior := batch.get("posterior")) is None:
                 check_images(batch["image"])
-                size, shift = self.config.image_size, self.config.shift
-                x = moved_crop(batch["image"], size, shift, generator)
+                x = moved_crop(batch["image"], self.config.image_size, self.config.shift, generator)
                 posterior = self.codec.posterior(x * 2 - 1)
             z_0 = draw_latent(posterior, generator)
             category = self._classes(batch.get("category_index"), len(z_0))
@@ -376,10 +375,11 @@ class DecoDiff(Detector):
             raise ValueError(f"unknown fusion {fusion!r}; there are {', '.join(FUSIONS)}")
         # The codec's own loss is in both, and so in neither's difference.
         x_0, x_hat = self.codec.decode(torch.cat([z_0, z_hat])).chunk(2)
-        image = image_discrepancy(x_hat, x_0, config.image_clip, config.image_sigma)
-        latent = latent_discrepancy(
-            z_hat, z_0, config.image_size, config.latent_clip, config.latent_sigma
-        )
+        seen = visibility(x_hat, config.masking)
+        image = image_discrepancy(seen * x_hat, seen * x_0, config.image_clip, config.image_sigma)
+        seen = F.adaptive_avg_pool2d(seen, z_0.shape[-2:])
+        limits = config.image_size, config.latent_clip, config.latent_sigma
+        latent = latent_discrepancy(seen * z_hat, seen * z_0, *limits)
         anomaly_map = FUSIONS[fusion](image, latent)
         return Prediction(
             anomaly_map=anomaly_map,
