@@ -26,7 +26,7 @@ def local_contrast(images: Tensor, sigma: float) -> Tensor:
     return variance.mean(1, keepdim=True).sqrt()
 
 
-def visibility(images: Tensor, half: float, sigma: float = 3.0) -> Tensor:
+def visibility(images: Tensor, half: float, sigma: float | None = None) -> Tensor:
     """Share (B, 1, H, W), in [0, 1], of a difference that counts at each pixel.
 
     Parameters
@@ -35,8 +35,10 @@ def visibility(images: Tensor, half: float, sigma: float = 3.0) -> Tensor:
     half : float
         Contrast, in units of the images, at which a difference counts half; 0 masks nothing.
     sigma : float
-        Width in pixels of the window in which contrast is measured.
+        Width in pixels of the window in which contrast is measured; by default a sixteenth of the
+        images' height.
     """
     if half == 0:
         return torch.ones_like(images[:, :1])
+    sigma = images.shape[-2] / 16 if sigma is None else sigma
     return 1 / (1 + local_contrast(images, sigma) / half)

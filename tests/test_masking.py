@@ -47,7 +47,7 @@ def test_contrast_is_local_and_does_not_ask_how_bright_a_place_is():
 
 def test_difference_counts_half_at_the_named_contrast_and_a_third_at_twice_it():
     for height, share in ((0.1, 1 / 2), (0.2, 1 / 3)):
-        found = visibility(stripes(height, 64), 0.1)[..., 24:40]
+        found = visibility(stripes(height, 64), 0.1, sigma=3)[..., 24:40]
         assert torch.allclose(found, torch.tensor(share), atol=5e-3)
 
 
@@ -55,6 +55,10 @@ def test_smooth_surface_hides_nothing_and_zero_masks_nothing():
     flat = torch.full((2, 3, 16, 16), 0.7)
     assert torch.allclose(visibility(flat, 0.1), torch.ones(2, 1, 16, 16), atol=1e-4)
     assert torch.equal(visibility(half_rough(), 0), torch.ones(1, 1, 64, 64))
+
+
+def test_window_grows_with_the_image():
+    assert torch.equal(visibility(half_rough(), 0.1), visibility(half_rough(), 0.1, sigma=4))
 
 
 def test_visibility_is_given_for_each_pixel_of_a_batch_on_its_own():
