@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(commands.evaluate, "measure a detector on the test images of a folder")
     sub.add_argument("weights", help="a .safetensors file with its .json; or template or PCA")
     sub.add_argument("data", help=DATA)
+    sub.add_argument(
+        "--with", nargs="+", dest="others", metavar="WEIGHTS", help="average the maps of these, too"
+    )
     sub.add_argument("--categories", nargs="+", help="only these")
     sub.add_argument("--image-size", type=positive, help="pixels, for template and PCA")
     sub.add_argument(

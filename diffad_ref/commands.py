@@ -33,6 +33,7 @@ from diffad_ref.checkpoints import (
     save_checkpoint,
     write_text,
 )
+from diffad_ref.committee import Committee
 from diffad_ref.continual import ORDERS, check_tasks, fit_continual, summarise
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.deco_diff import DecoDiff
@@ -223,8 +224,8 @@ def evaluate(arguments) -> None:
         raise ValueError("--record keeps exact metrics: with --protocol use --save")
     commands = [arguments.command]
     if arguments.weights in BASELINES:
-        if arguments.set or arguments.record:
-            raise ValueError("--set and --record are for weights, not for template and PCA")
+        if arguments.set or arguments.record or arguments.others:
+            raise ValueError("--set, --with and --record are for weights, not for template and PCA")
         size = arguments.image_size or 64
         root = _root(arguments.data, size, 0)
         train = AnomalyFolder(root, "train", size, arguments.categories)
@@ -233,11 +234,13 @@ def evaluate(arguments) -> None:
     else:
         if arguments.adapt:
             raise ValueError("--adapt is for template and PCA: of weights, it is in the config")
-        detector = _rebuilt(load_checkpoint(arguments.weights), arguments)
+        paths = [arguments.weights, *(arguments.others or ())]
+        detectors = [_rebuilt(path, arguments) for path in paths]
+        detector = Committee(detectors) if arguments.others else detectors[0]
         detector.to(Accelerator().device)
-        trained = read_description(arguments.weights)["record"]
+        records = [read_description(path)["record"] for path in paths]
+        commands = [*(r["command"] for r in records if "command" in r), *commands]
         root = _root(arguments.data, detector.config.image_size, 0)
-        commands = [trained["command"], *commands] if "command" in trained else commands
         data = AnomalyFolder(root, "test", categories=arguments.categories, **detector.view)
     report = evaluation.evaluate(
         detector,
@@ -260,15 +263,18 @@ def evaluate(arguments) -> None:
         best_and_worst(report, data).savefig(arguments.pictures, format="png", dpi=150)
 
 
-def _rebuilt(detector, arguments):
-    """The same weights under other settings; settings that would need other weights are refused."""
+def _rebuilt(weights: str, arguments):
+    """A detector, perhaps under other settings; such as need other weights are refused."""
+    detector = load_checkpoint(weights)
+    if arguments.record and (arguments.set or arguments.others):
+        raise ValueError(
+            "--record is for the weights as they are: leave --set and --with out, or use --save"
+        )
     if not arguments.set:
         return detector
-    if arguments.record:
-        raise ValueError("--record is for the weights as they are: leave --set out, or use --save")
     changed = type(detector)(_changed(detector.config, arguments.set))
     changed.categories = detector.categories
-    load_weights(changed, detector.state_dict(), f"{arguments.weights} with --set")
+    load_weights(changed, detector.state_dict(), f"{weights} with --set")
     return changed.eval()
 
 

@@ -224,7 +224,7 @@ def test_record_of_weights_under_other_settings_is_refused(run, mvtec_root, fail
 @pytest.mark.parametrize("words", [["--record"], ["--set", "times=[4, 0]"]])
 def test_baselines_have_neither_settings_nor_a_record(mvtec_root, fails, words):
     message = fails(command, "evaluate", "template", mvtec_root, *words)
-    assert "--set and --record are for weights" in message
+    assert "--set, --with and --record are for weights" in message
 
 
 def test_latents_of_another_codec_are_refused(mvtec_root, tmp_path, fails):
