@@ -108,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--adapt", action="store_true", help="template and PCA: see images in equal light"
     )
+    sub.add_argument(
+        "--masking",
+        type=float,
+        default=0.0,
+        help="template and PCA: contrast that halves a difference",
+    )
     _add_set(sub)
     sub.add_argument("--batch-size", type=positive, default=32, help="images at a time")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")

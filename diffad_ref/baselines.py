@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from diffad_ref.detector import Prediction, class_indices
 from diffad_ref.images import check_images
 from diffad_ref.light import adapted, unadapted
+from diffad_ref.masking import visibility
 from diffad_ref.metrics import top_k_mean
 
 
@@ -25,11 +26,18 @@ class Baseline(nn.Module):
     that only the maps differ. Parameters are those of the subclasses.
     """
 
-    def __init__(self, per_category: bool = True, sigma: float = 1.0, adapt: bool = False):
+    def __init__(
+        self,
+        per_category: bool = True,
+        sigma: float = 1.0,
+        adapt: bool = False,
+        masking: float = 0.0,
+    ):
         super().__init__()
         self.per_category = per_category
         self.sigma = sigma
         self.adapt = adapt
+        self.masking = masking
         self.categories: tuple[str, ...] = ()
         self.register_buffer("mean", None)
 
@@ -92,7 +100,10 @@ class Baseline(nn.Module):
                 f"fitted on images {tuple(self.mean.shape[1:])}, got {tuple(images.shape[1:])}"
             )
         group = self._group(len(images), category_index)
-        normal, anomaly = self._rebuild(self._seen(images), group)
+        x = self._seen(images)
+        normal = self._rebuild(x, group)
+        visible = visibility(2 * normal - 1, self.masking)
+        anomaly = self._difference(visible * x, visible * normal, group)
         normal = unadapted(normal.clamp(0, 1), images) if self.adapt else normal
         size = 2 * round(4 * self.sigma) + 1
         anomaly = gaussian_blur(anomaly[:, None], [size, size], [self.sigma, self.sigma])[:, 0]
@@ -125,6 +136,9 @@ class Template(Baseline):
         Width in pixels of the Gaussian that smooths the map.
     adapt : bool
         See images as an eye that has adapted to their brightness (`diffad_ref.light`).
+    masking : float
+        Contrast, of images in [-1, 1], at which a difference counts half (`diffad_ref.masking`);
+        0 masks nothing.
     """
 
     _learned = ("mean", "std")
@@ -135,17 +149,20 @@ class Template(Baseline):
         per_category: bool = True,
         sigma: float = 1.0,
         adapt: bool = False,
+        masking: float = 0.0,
     ):
-        super().__init__(per_category, sigma, adapt)
+        super().__init__(per_category, sigma, adapt, masking)
         self.eps = eps
         self.register_buffer("std", None)
 
     def _learn(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return images.mean(0), images.std(0, correction=0)
 
-    def _rebuild(self, images: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = self.mean[group], self.std[group]
-        return mean, ((images - mean).abs() / (std + self.eps)).mean(1)
+    def _rebuild(self, images: Tensor, group: Tensor) -> Tensor:
+        return self.mean[group]
+
+    def _difference(self, images: Tensor, normal: Tensor, group: Tensor) -> Tensor:
+        return ((images - normal).abs() / (self.std[group] + self.eps)).mean(1)
 
 
 class PCA(Baseline):
@@ -157,7 +174,7 @@ class PCA(Baseline):
     ----------
     n_components : int
         Components a group; fewer where it has too few images.
-    per_category, adapt
+    per_category, adapt, masking
         As for `Template`.
     sigma : float
         As for `Template`; 3 was the best of 1, 1.5, 2 and 3 on the factory of seed 1.
@@ -171,8 +188,9 @@ class PCA(Baseline):
         per_category: bool = True,
         sigma: float = 3.0,
         adapt: bool = False,
+        masking: float = 0.0,
     ):
-        super().__init__(per_category, sigma, adapt)
+        super().__init__(per_category, sigma, adapt, masking)
         self.n_components = n_components
         self.register_buffer("components", None)
 
@@ -183,7 +201,7 @@ class PCA(Baseline):
         components[:count] = torch.from_numpy(pca.components_)
         return torch.from_numpy(pca.mean_).reshape(images.shape[1:]), components
 
-    def _rebuild(self, images: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    def _rebuild(self, images: Tensor, group: Tensor) -> Tensor:
         centred = (images - self.mean[group]).flatten(1)
         normal = torch.empty_like(images)
         for number in group.unique():  # gathering components per image would cost their size
@@ -191,4 +209,7 @@ class PCA(Baseline):
             basis = self.components[number]
             rebuilt = (centred[chosen] @ basis.T) @ basis
             normal[chosen] = self.mean[number] + rebuilt.reshape(-1, *images.shape[1:])
-        return normal, (images - normal).square().mean(1)
+        return normal
+
+    def _difference(self, images: Tensor, normal: Tensor, group: Tensor) -> Tensor:
+        return (images - normal).square().mean(1)

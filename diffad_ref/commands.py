@@ -229,11 +229,14 @@ def evaluate(arguments) -> None:
         size = arguments.image_size or 64
         root = _root(arguments.data, size, 0)
         train = AnomalyFolder(root, "train", size, arguments.categories)
-        detector = BASELINES[arguments.weights](adapt=arguments.adapt).fit(train)
+        options = {"adapt": arguments.adapt, "masking": arguments.masking}
+        detector = BASELINES[arguments.weights](**options).fit(train)
         data = AnomalyFolder(root, "test", size, arguments.categories)
     else:
-        if arguments.adapt:
-            raise ValueError("--adapt is for template and PCA: of weights, it is in the config")
+        if arguments.adapt or arguments.masking:
+            raise ValueError(
+                "--adapt and --masking are for template and PCA: weights have them in the config"
+            )
         paths = [arguments.weights, *(arguments.others or ())]
         detectors = [_rebuilt(path, arguments) for path in paths]
         detector = Committee(detectors) if arguments.others else detectors[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
 from diffad_ref.detector import Detector, Prediction
+from diffad_ref.maps import enlarge
 
 
 class Committee(nn.Module):
@@ -77,22 +78,16 @@ class Committee(nn.Module):
         largest = self.largest
         largest.check(images)
         images, size = images.to(self.device), images.shape[-1]
-        found = {
-            member: member.predict(
-                _resized(images, member.config.image_size), category_index, generator
-            )
-            for member in self.members
-        }
-        maps = [_resized(one.anomaly_map[:, None], size) for one in found.values()]
-        maps = torch.cat(maps, 1)  # (B, members, H, W)
+        found = {}
+        for member in self.members:
+            own = member.config.image_size
+            x = images if own == size else resize(images, [own, own], antialias=True)
+            found[member] = member.predict(x, category_index, generator)
+        maps = [enlarge(one.anomaly_map, size) for one in found.values()]
+        maps = torch.stack(maps, 1)  # (B, members, H, W)
         return Prediction(
             anomaly_map=maps.mean(1),
             score=torch.stack([one.score for one in found.values()]).mean(0),
             reconstruction=found[largest].reconstruction,
             parts={"maps": maps},
         )
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    same = images.shape[-1] == size
-    return images if same else resize(images, [size, size], antialias=True)

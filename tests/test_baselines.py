@@ -5,6 +5,7 @@ import torch
 
 from diffad_ref.baselines import PCA, Template
 from diffad_ref.evaluation import evaluate
+from diffad_ref.masking import visibility
 
 
 class Plates(torch.utils.data.Dataset):
@@ -149,3 +150,13 @@ def test_baseline_that_adapts_judges_an_image_the_same_in_any_light(make):
     plain = make().fit(Plates())
     a, b = (plain.predict(light * x, index).anomaly_map for light in (1, 0.25))
     assert not torch.allclose(a, b, atol=1e-2)
+
+
+@pytest.mark.parametrize(("make", "power"), [(Template, 1), (PCA, 2)], ids=["template", "pca"])
+def test_masking_takes_away_from_a_difference_what_the_normal_image_hides(make, power):
+    x, index = 0.2 + 0.6 * torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+    plain, masked = (make(masking=m, sigma=0.01).fit(Plates()).predict(x, index) for m in (0, 0.01))
+    share = visibility(2 * plain.reconstruction - 1, 0.01)[:, 0]
+    assert share.min() < 0.9
+    assert torch.allclose(masked.anomaly_map, share**power * plain.anomaly_map, rtol=1e-3)
+    assert torch.equal(plain.reconstruction, masked.reconstruction)

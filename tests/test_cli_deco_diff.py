@@ -281,5 +281,7 @@ def test_number_of_spins_that_does_not_divide_a_cell_is_refused(run, fails, mvte
 
 def test_adapting_is_an_option_of_baselines_and_a_setting_of_weights(run, fails, mvtec_root):
     assert command("evaluate", "PCA", mvtec_root, "--image-size", 32, "--adapt") == 0
-    said = fails(command, "evaluate", run / "weights", mvtec_root, "--adapt")
-    assert "--adapt is for template and PCA" in said
+    assert command("evaluate", "PCA", mvtec_root, "--image-size", 32, "--masking", 0.1) == 0
+    for words in (["--adapt"], ["--masking", 0.1]):
+        said = fails(command, "evaluate", run / "weights", mvtec_root, *words)
+        assert "--adapt and --masking are for template and PCA" in said
