@@ -1,20 +1,38 @@
 """Minimal, readable reference of diffusion-based anomaly detection.
 
->>> from diffad_ref import AnomalyFolder, evaluate, pretrained, toy_factory
->>> report = evaluate(pretrained("diffusion_ad_toy"), AnomalyFolder(toy_factory(), "test"))
+>>> import diffad_ref as da
+>>> detector = da.DecoDiff.tiny(classes=15)
+>>> da.fit(detector, detector.folder("mvtec", "train"))
+>>> report = da.evaluate(detector, detector.folder("mvtec", "test"))
+>>> da.save(detector, "runs/mvtec")
 """
 
-from diffad_ref.checkpoints import load_checkpoint, pretrained, save_checkpoint
+import importlib
+
+from diffad_ref.checkpoints import load, pretrained, save
+from diffad_ref.continual import fit_continual
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector, Prediction, Rate, Stage
 from diffad_ref.diffusion_ad import DiffusionAD
-from diffad_ref.evaluation import evaluate
+from diffad_ref.evaluation import Report, evaluate
 from diffad_ref.one_for_more import OneForMore
-from diffad_ref.toy import toy_factory
 from diffad_ref.training import fit
 
 __version__ = "0.1.0"
+
+# What lies behind the wall is there on demand: `da.plots`, `da.toy_factory()`.
+_TOOLS = ("baselines", "intervals", "plan", "plots", "protocols", "sampling", "tables", "toy")
+
+
+def __getattr__(name: str):
+    if name == "toy_factory":
+        return importlib.import_module("diffad_ref.tools.toy").toy_factory
+    if name in _TOOLS:
+        return importlib.import_module(f"diffad_ref.tools.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "AnomalyFolder",
     "DecoDiff",
@@ -23,11 +41,13 @@ __all__ = [
     "OneForMore",
     "Prediction",
     "Rate",
+    "Report",
     "Stage",
     "evaluate",
     "fit",
-    "load_checkpoint",
+    "fit_continual",
+    "load",
     "pretrained",
-    "save_checkpoint",
+    "save",
     "toy_factory",
 ]

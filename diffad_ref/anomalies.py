@@ -8,14 +8,21 @@ device of the images; every random number comes from the generator that the call
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
-from torchvision.transforms.v2 import functional as vision
+from tqdm.auto import tqdm
 
-from diffad_ref.patches import cut, join
+from diffad_ref.data import read_image
+from diffad_ref.diffusion import Draw
 
 # ----------------------------------------------------------------------------- where: Perlin masks
 
@@ -41,7 +48,7 @@ def perlin_noise(angles: Tensor, cells: Tensor, height: int, width: int) -> Tens
     -------
     Tensor (B, height, width), about within [-1, 1].
 
-    Source: Perlin 2002, with the scaling of golden case 1g.
+    Source: Perlin 2002, with the scaling of DiffusionAD's released code.
     """
     blend_r, ramp_r = _lattice_weights(cells[:, 0], height, angles.shape[1], angles)  # (B, H, L)
     blend_c, ramp_c = _lattice_weights(cells[:, 1], width, angles.shape[2], angles)  # (B, W, L)
@@ -83,10 +90,11 @@ def perlin_masks(
     attempts : int
         Redraws before a stubborn mask (a tiny foreground, say) becomes its whole foreground.
     """
+    draw = Draw(generator, device)
     masks = torch.zeros(count, 1, size, size, device=device)
     todo = torch.arange(count, device=device)
     for _ in range(attempts):
-        drawn = _draw_masks(len(todo), size, generator, device, max_exponent, threshold)
+        drawn = _draw_masks(len(todo), size, draw, max_exponent, threshold)
         if foreground is not None:
             drawn = drawn * foreground[todo]
         masks[todo] = drawn
@@ -95,26 +103,19 @@ def perlin_masks(
             return masks
     whole = torch.ones_like(masks[todo]) if foreground is None else foreground[todo]
     empty = whole.flatten(1).amax(1) == 0
-    masks[todo] = torch.where(empty[:, None, None, None], torch.ones_like(whole), whole)
+    masks[todo] = _where(empty, torch.ones_like(whole), whole)
     return masks
 
 
-def _draw_masks(count, size, generator, device, max_exponent, threshold) -> Tensor:
+def _draw_masks(count: int, size: int, draw: Draw, max_exponent: int, threshold: float) -> Tensor:
     """One draw of turned, thresholded noise (count, 1, size, size); may be empty."""
-    exponent = torch.randint(
-        0, max_exponent + 1, (count, 2), generator=generator, device=generator.device
-    )
+    cells = 2 ** draw.integers(0, max_exponent + 1, count, 2)
     points = 2**max_exponent + 1
-    angles = (
-        2
-        * math.pi
-        * torch.rand(count, points, points, generator=generator, device=generator.device)
-    )
-    turn = (torch.rand(count, generator=generator, device=generator.device) - 0.5) * math.pi
-    noise = perlin_noise(angles.to(device), (2**exponent).to(device), size, size)
-    turned = F.grid_sample(
-        noise[:, None], _turned_grid(turn.to(device), size), align_corners=False
-    )  # zero outside
+    angles = draw.uniform(count, points, points, high=2 * math.pi)
+    noise = perlin_noise(angles, cells, size, size)
+    turn = draw.uniform(count, low=-math.pi / 2, high=math.pi / 2)
+    grid = _turned_grid(turn, size)
+    turned = F.grid_sample(noise[:, None], grid, align_corners=False)  # zero outside
     return (turned > threshold).float()
 
 
@@ -125,26 +126,82 @@ def _turned_grid(turn: Tensor, size: int) -> Tensor:
     """
     centres = (torch.arange(size, device=turn.device) + 0.5) * 2 / size - 1
     c, s = turn.cos()[:, None] * centres, turn.sin()[:, None] * centres  # (B, size)
-    grid = torch.empty(len(turn), size, size, 2, device=turn.device)
-    torch.sub(c[:, None, :], s[:, :, None], out=grid[..., 0])
-    torch.add(s[:, None, :], c[:, :, None], out=grid[..., 1])
-    return grid
+    return torch.stack([c[:, None] - s[:, :, None], s[:, None] + c[:, :, None]], -1)
 
 
 # ------------------------------------------------------------------------ what: sources of texture
 
+# Photographs inside the scikit-image package. Brick, grass and gravel are not among them: the toy
+# factory sells those, and a product's own texture is no anomaly.
+BUILT_IN = (
+    *("astronaut", "camera", "cell", "chelsea", "coffee", "coins", "hubble_deep_field"),
+    *("immunohistochemistry", "moon", "page", "retina", "rocket", "text"),
+)
+
+
+def texture_bank(folder: str | os.PathLike | None = None, size: int = 256) -> Tensor:
+    """Foreign textures as one tensor (K, 3, size, size), uint8.
+
+    Parameters
+    ----------
+    folder : path, optional
+        Any folder of images, such as DTD's `images`; searched with its sub-folders. Without one,
+        the photographs that scikit-image and scikit-learn ship are cut into squares.
+    size : int
+        Side in pixels; the largest centred square of each image is scaled to it.
+
+    Raises FileNotFoundError if the folder does not exist or holds no image, and ValueError for a
+    damaged one.
+    """
+    if folder is None:
+        return _built_in(size)
+    root, suffixes = Path(folder), {".jpg", ".jpeg", ".png", ".webp"}
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes)
+    if not paths:
+        what = "holds no jpg, png or webp image" if root.is_dir() else "does not exist"
+        raise FileNotFoundError(f"texture folder {root} {what}; DTD's is dtd/images")
+    return _squares([read_image(path) for path in tqdm(paths, "textures", leave=False)], size)
+
+
+@lru_cache(maxsize=2)
+def _built_in(size: int) -> Tensor:
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    return _squares([*(getattr(data, n)() for n in BUILT_IN), *load_sample_images().images], size)
+
+
+def _squares(images: Sequence, size: int) -> Tensor:
+    """The largest centred square of each image, scaled to (K, 3, size, size)."""
+    from torchvision.transforms.v2 import functional as vision
+
+    squares = []
+    for image in (vision.to_image(np.array(image)) for image in images):
+        image = image.expand(3, -1, -1) if len(image) == 1 else image[:3]
+        image = vision.center_crop(image.contiguous(), [min(image.shape[-2:])])
+        squares.append(vision.resize(image, [size, size], antialias=True))
+    return torch.stack(squares)
+
+
+def crop_textures(bank: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Random square crops (count, 3, size, size) in [0, 1] from a bank (K, 3, S, S), uint8."""
+    draw = Draw(generator, bank.device)
+    which = draw.integers(0, len(bank), count)
+    zoom = draw.uniform(count, low=min(1.0, size / bank.shape[-1]))  # crop side over S
+    affine = torch.zeros(count, 2, 3, device=bank.device)
+    affine[:, 0, 0] = affine[:, 1, 1] = zoom
+    affine[:, :, 2] = (1 - zoom)[:, None] * draw.uniform(count, 2, low=-1)
+    grid = F.affine_grid(affine, [count, 3, size, size], align_corners=False)
+    return F.grid_sample(bank[which].float() / 255, grid, align_corners=False)
+
 
 def shuffle_grid(images: Tensor, generator: torch.Generator, grid: int = 8) -> Tensor:
     """Cut each image (B, C, H, W) into grid x grid tiles and shuffle them (the paper's source)."""
-    h, w = images.shape[-2:]
-    _check_divides(grid, h, w)
-    tiles = cut(images, h // grid, w // grid)  # (B, grid², C, H/grid, W/grid)
-    order = (
-        torch.rand(len(images), grid * grid, generator=generator, device=generator.device)
-        .argsort(1)
-        .to(images.device)
-    )
-    return join(tiles[torch.arange(len(images), device=images.device)[:, None], order], h, w)
+    _check_divides(grid, *images.shape[-2:])
+    tiles = rearrange(images, "b c (i h) (j w) -> b (i j) c h w", i=grid, j=grid)
+    order = Draw(generator, images.device).orders(len(images), grid * grid)
+    tiles = tiles[torch.arange(len(images), device=images.device)[:, None], order]
+    return rearrange(tiles, "b (i j) c h w -> b c (i h) (j w)", i=grid)
 
 
 def shuffle_strips(
@@ -165,19 +222,19 @@ def shuffle_strips(
     _check_divides(strips, *images.shape[-2:])
     half = strips // 2
     if draws is None:
-        sizes = (half, half, strips, half, half)
-        draws = [torch.randperm(n, generator=generator, device=generator.device) for n in sizes]
+        draw = Draw(generator)
+        draws = [draw.orders(1, n)[0] for n in (half, half, strips, half, half)]
     evens, odds, rows, evens_again, odds_again = draws
     number = torch.arange(strips)
-    columns = torch.cat([number[0::2][evens], number[1::2][odds]])
+    columns = torch.cat([number[0::2][evens], number[1::2][odds]]).to(images.device)
     rows = torch.cat([number[rows][0::2][evens_again], number[rows][1::2][odds_again]])
-    return _reorder(_reorder(images, columns, -1), rows, -2)
+    return _reorder(_reorder(images, columns, -1), rows.to(images.device), -2)
 
 
 def _reorder(images: Tensor, order: Tensor, dim: int) -> Tensor:
     """Put equal strips along `dim` into a new order."""
     strips = images.unflatten(dim, (len(order), -1))
-    return strips.index_select(dim - 1, order.to(images.device)).flatten(dim - 1, dim)
+    return strips.index_select(dim - 1, order).flatten(dim - 1, dim)
 
 
 def _check_divides(parts: int, height: int, width: int) -> None:
@@ -185,90 +242,59 @@ def _check_divides(parts: int, height: int, width: int) -> None:
         raise ValueError(f"{parts} parts do not divide an image of {height} x {width} pixels")
 
 
-def crop_textures(bank: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Random square crops (count, 3, size, size) in [0, 1] from a bank (K, 3, S, S), uint8."""
-    which = torch.randint(len(bank), (count,), generator=generator, device=generator.device)
-    share = min(1.0, size / bank.shape[-1])
-    zoom = share + (1 - share) * torch.rand(
-        count, generator=generator, device=generator.device
-    )  # crop side over S
-    shift = (1 - zoom)[:, None] * (
-        2 * torch.rand(count, 2, generator=generator, device=generator.device) - 1
-    )
-    affine = torch.zeros(count, 2, 3)
-    affine[:, 0, 0] = affine[:, 1, 1] = zoom
-    affine[:, :, 2] = shift
-    images = bank[which.to(bank.device)].float() / 255
-    grid = F.affine_grid(affine.to(bank.device), [count, 3, size, size], align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
-def _between(low: float, high: float, generator: torch.Generator) -> float:
-    return low + (high - low) * torch.rand((), generator=generator, device=generator.device).item()
-
-
-# Ten ways to make a texture less familiar; each takes uint8 images (N, 3, H, W) and a generator.
-AUGMENTATIONS = (
-    lambda x, g: vision.adjust_gamma(x, _between(0.5, 2.0, g)),
-    lambda x, g: vision.adjust_brightness(x, _between(0.8, 1.2, g)),
-    lambda x, g: vision.adjust_sharpness(x, _between(0.2, 3.0, g)),
-    lambda x, g: vision.adjust_saturation(
-        vision.adjust_hue(x, _between(-0.3, 0.3, g)), _between(0.5, 1.5, g)
-    ),
-    lambda x, g: vision.solarize(x, _between(32, 128, g)),
-    lambda x, g: vision.posterize(x, int(_between(2, 6, g))),
-    lambda x, g: vision.invert(x),
-    lambda x, g: vision.autocontrast(x),
-    lambda x, g: vision.equalize(x),
-    lambda x, g: vision.rotate(x, _between(-45, 45, g)),
-)
-
-
 def augment(images: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
-    """Apply `count` of the ten augmentations to each image (B, 3, H, W) in [0, 1].
+    """Apply `count` of ten augmentations to each image (B, 3, H, W) in [0, 1].
 
     Each image draws its own set; images that share an augmentation share its strength, so that
     each augmentation runs once a batch.
     """
-    chosen = torch.rand(
-        len(images), len(AUGMENTATIONS), generator=generator, device=generator.device
-    ).argsort(1)[:, :count]
+    from torchvision.transforms.v2 import functional as vision
+
+    draw = Draw(generator)
+
+    def between(low: float, high: float) -> float:
+        return draw.uniform(low=low, high=high).item()
+
+    ways = (
+        lambda x: vision.adjust_gamma(x, between(0.5, 2.0)),
+        lambda x: vision.adjust_brightness(x, between(0.8, 1.2)),
+        lambda x: vision.adjust_sharpness(x, between(0.2, 3.0)),
+        lambda x: vision.adjust_saturation(
+            vision.adjust_hue(x, between(-0.3, 0.3)), between(0.5, 1.5)
+        ),
+        lambda x: vision.solarize(x, between(32, 128)),
+        lambda x: vision.posterize(x, int(between(2, 6))),
+        vision.invert,
+        vision.autocontrast,
+        vision.equalize,
+        lambda x: vision.rotate(x, between(-45, 45)),
+    )
+    chosen = draw.orders(len(images), len(ways))[:, :count]
     out = (images * 255).round().to(torch.uint8)
-    for i, change in enumerate(AUGMENTATIONS):
+    for i, change in enumerate(ways):
         mine = (chosen == i).any(1).nonzero().flatten().to(images.device)
         if len(mine):
-            out[mine] = change(out[mine], generator)
+            out[mine] = change(out[mine])
     return out.float() / 255
 
 
-def match_statistics(source: Tensor, image: Tensor, generator: torch.Generator) -> Tensor:
-    """Give each source the mean and spread of its image, up to a random gain and offset.
-
-    A source that is far from the product's own colours is found by its colour alone; such a
-    detector fails on defects that are not colourful.
-    """
-    n = len(source)
-    gain = (0.5 + torch.rand(n, 1, 1, 1, generator=generator, device=generator.device)).to(source)
-    offset = (
-        0.4 * (torch.rand(n, 1, 1, 1, generator=generator, device=generator.device) - 0.5)
-    ).to(source)
-    spread = source.std((2, 3), keepdim=True).clamp(min=0.02)
-    unit = (source - source.mean((2, 3), keepdim=True)) / spread
-    wanted = image.std((2, 3), keepdim=True).clamp(min=0.05) * gain
-    return (unit * wanted + image.mean((2, 3), keepdim=True) + offset).clamp(0, 1)
-
-
-def own_colour(images: Tensor, generator: torch.Generator) -> Tensor:
-    """One colour picked from each image (B, 3, H, W), as a flat image: a part painted over."""
-    flat = images.flatten(2)
-    place = torch.randint(
-        flat.shape[2], (len(images), 1, 1), generator=generator, device=generator.device
-    )
-    colour = flat.gather(2, place.to(images.device).expand(-1, 3, 1))
-    return colour[..., None].expand_as(images)
-
-
 # --------------------------------------------------------------------------------------- together
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Settings of the synthetic anomalies; the defaults are the paper's."""
+
+    p_normal: float = 0.5  # share of images that stay as they are
+    max_exponent: int = 5  # Perlin cells per axis: 2^k, k ~ U{0..max_exponent}
+    threshold: float = 0.5  # of the noise
+    beta: tuple[float, float] = (0.2, 0.8)  # share of the image that shines through
+    p_self: float = 0.5  # share of objects whose source is the object itself, shuffled
+    shuffle: str = "grid"  # "grid": 8 x 8 tiles (paper); "strips": the released code
+    n_augmentations: int = 3  # of ten, on texture sources
+    # Only for tiny: with few textures and short training, a source is found by its colour alone.
+    p_match: float = 0.0  # share of texture sources in the product's own colours
+    p_flat: float = 0.0  # share of sources that are one colour of the image: a part painted over
 
 
 def blend(image: Tensor, source: Tensor, mask: Tensor, beta: Tensor) -> Tensor:
@@ -286,30 +312,6 @@ def blend(image: Tensor, source: Tensor, mask: Tensor, beta: Tensor) -> Tensor:
     return beta * mask * image + (1 - beta) * mask * source + (1 - mask) * image  # D12
 
 
-@dataclass(frozen=True)
-class Synthesis:
-    """Settings of the synthetic anomalies; the defaults are the paper's."""
-
-    p_normal: float = 0.5  # share of images that stay as they are
-    max_exponent: int = 5  # Perlin cells per axis: 2^k, k ~ U{0..max_exponent}
-    threshold: float = 0.5  # of the noise
-    beta: tuple[float, float] = (0.2, 0.8)  # share of the image that shines through
-    p_self: float = 0.5  # share of objects whose source is the object itself, shuffled
-    shuffle: str = "grid"  # "grid": 8 x 8 tiles (paper); "strips": the released code
-    n_augmentations: int = 3  # of ten, on texture sources
-    p_match: float = 0.0  # share of texture sources in the product's own colours (not in the paper)
-    p_flat: float = 0.0  # share of sources that are one colour of the image (not in the paper)
-
-
-@dataclass
-class Synthetic:
-    """A batch after synthesis: image (B, 3, H, W), mask (B, 1, H, W), label (B,) in {0, 1}."""
-
-    image: Tensor
-    mask: Tensor
-    label: Tensor
-
-
 def synthesize(
     images: Tensor,
     is_texture: Tensor,
@@ -317,7 +319,7 @@ def synthesize(
     settings: Synthesis,
     generator: torch.Generator,
     foreground: Tensor | None = None,
-) -> Synthetic:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Turn normal images into a training batch for the segmentation network (D12).
 
     Parameters
@@ -327,37 +329,55 @@ def synthesize(
     is_texture : Tensor (B,), bool
         Textures always get a foreign source; objects get their shuffled selves at times.
     bank : Tensor (K, 3, S, S), uint8
-        Foreign textures, see `texture_sources.texture_bank`.
+        Foreign textures, see `texture_bank`.
     foreground : Tensor (B, 1, H, W), optional
         Where an anomaly may lie.
+
+    Returns
+    -------
+    image (B, 3, H, W), mask (B, 1, H, W), label (B,) in {0, 1}
     """
-    b, size = len(images), images.shape[-1]
-    draw = torch.rand(4, b, generator=generator, device=generator.device).to(images.device)
+    b, size, draw = len(images), images.shape[-1], Draw(generator, images.device)
+    normal, match, shuffled, flat = draw.uniform(4, b)
     source = augment(crop_textures(bank, b, size, generator), generator, settings.n_augmentations)
     grey = (images.amax(1) - images.amin(1)).flatten(1).amax(1) < 0.02
     source = _where(grey, source.mean(1, keepdim=True).expand_as(source), source)
-    matched = match_statistics(source, images, generator)
-    source = _where(draw[1] < settings.p_match, matched, source)
-    if settings.p_self:
-        shuffle = {"grid": shuffle_grid, "strips": shuffle_strips}[settings.shuffle]
-        source = _where(
-            ~is_texture & (draw[2] < settings.p_self), shuffle(images, generator), source
-        )
+    if settings.p_match:
+        source = _where(match < settings.p_match, match_statistics(source, images, draw), source)
+    shuffle = {"grid": shuffle_grid, "strips": shuffle_strips}[settings.shuffle]
+    itself = ~is_texture & (shuffled < settings.p_self)
+    source = _where(itself, shuffle(images, generator), source)
     if settings.p_flat:
-        source = _where(draw[3] < settings.p_flat, own_colour(images, generator), source)
+        source = _where(flat < settings.p_flat, own_colour(images, draw), source)
 
-    mask = perlin_masks(
-        b, size, generator, images.device, settings.max_exponent, settings.threshold, foreground
-    )
-    low, high = settings.beta
-    beta = (
-        low + (high - low) * torch.rand(b, 1, 1, 1, generator=generator, device=generator.device)
-    ).to(images.device)
-    label = (draw[0] >= settings.p_normal).float()
+    shape = settings.max_exponent, settings.threshold
+    label = (normal >= settings.p_normal).float()
+    mask = perlin_masks(b, size, generator, images.device, *shape, foreground)
     mask = mask * label[:, None, None, None]
-    return Synthetic(blend(images, source, mask, beta), mask, label)
+    low, high = settings.beta
+    return blend(images, source, mask, draw.uniform(b, 1, 1, 1, low=low, high=high)), mask, label
 
 
 def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`torch.where` with one condition (B,) per image."""
     return torch.where(condition[:, None, None, None], a, b)
+
+
+# --------------------------------------------------------------------------------- only for tiny
+
+
+def match_statistics(source: Tensor, image: Tensor, draw: Draw) -> Tensor:
+    """Give each source the mean and spread of its image, up to a random gain and offset."""
+    gain = draw.uniform(len(source), 1, 1, 1, low=0.5, high=1.5)
+    offset = draw.uniform(len(source), 1, 1, 1, low=-0.2, high=0.2)
+    spread = source.std((2, 3), keepdim=True).clamp(min=0.02)
+    unit = (source - source.mean((2, 3), keepdim=True)) / spread
+    wanted = image.std((2, 3), keepdim=True).clamp(min=0.05) * gain
+    return (unit * wanted + image.mean((2, 3), keepdim=True) + offset).clamp(0, 1)
+
+
+def own_colour(images: Tensor, draw: Draw) -> Tensor:
+    """One colour picked from each image (B, 3, H, W), as a flat image: a part painted over."""
+    pixels = images.flatten(2)
+    place = draw.integers(0, pixels.shape[2], len(images), 1, 1)
+    return pixels.gather(2, place.expand(-1, 3, 1))[..., None].expand_as(images)

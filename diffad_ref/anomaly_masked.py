@@ -1,9 +1,9 @@
 """The anomaly-masked network: a condition that cannot copy a defect.
 
 A diffusion model that starts from pure noise needs to be told which image to rebuild. Tell it too
-well, and it rebuilds the defect too. This network describes an image by features, each of which
-is made from far-away places only: attention may not look at a place's own neighbourhood, so an
-anomaly has no way to describe itself.
+well, and it rebuilds the defect too. In this network attention may not look at a place's own
+neighbourhood, so that a place is described from afar. The way past attention stays open; what
+closes it is training on pasted anomalies (A3).
 
 Li et al.: *One-for-More*, CVPR 2025, arXiv 2502.19848. Formulas A1-A3.
 """

@@ -10,25 +10,21 @@ import json
 import os
 import re
 import threading
-import types
-import typing
+from collections.abc import Callable
 from pathlib import Path
 
+import dacite
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector
-from diffad_ref.diffusion_ad import DiffusionAD
-from diffad_ref.one_for_more import OneForMore
 
-METHODS = {"DiffusionAD": DiffusionAD, "DecoDiff": DecoDiff, "OneForMore": OneForMore}
-SHIPPED = Path(__file__).parent / "weights"
+SHIPPED = Path(__file__).parent / "weights"  # tiny detectors that come with the package
 
 
-def save_checkpoint(
+def save(
     detector: Detector, path: str | os.PathLike, record: dict | None = None, half: bool = False
 ) -> Path:
     """Write a detector's weights to `path` (.safetensors) and its description beside it (.json).
@@ -40,10 +36,8 @@ def save_checkpoint(
     half : bool
         Store float32 as float16: half the size, for weights that are shipped.
     """
-    path = _weights_path(path)
-    state = {
-        name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()
-    }
+    path = weights_path(path)
+    state = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
     if half:
         state = {k: v.half() if v.dtype == torch.float32 else v for k, v in state.items()}
     description = {
@@ -52,14 +46,14 @@ def save_checkpoint(
         "config": dataclasses.asdict(detector.config),
         "record": record or {},
     }
-    text = _as_text(description)  # first: if it cannot be, the old pair stays
+    text = as_text(description)  # first: if it cannot be, the old pair stays
     write_tensors(state, path)
     write_text(text, path.with_suffix(".json"))
     return path
 
 
-def load_checkpoint(path: str | os.PathLike, method: str | None = None) -> Detector:
-    """Read a detector that `save_checkpoint` wrote, in evaluation mode, on the CPU.
+def load(path: str | os.PathLike, method: str | None = None) -> Detector:
+    """Read a detector that `save` wrote, in evaluation mode, on the CPU.
 
     Parameters
     ----------
@@ -73,16 +67,17 @@ def load_checkpoint(path: str | os.PathLike, method: str | None = None) -> Detec
     ValueError
         The files are damaged, do not belong together, or hold another method.
     """
-    path = _weights_path(path)
+    path = weights_path(path)
     description = read_description(path)
     found = description["method"]
-    if str(found) not in METHODS:
-        raise ValueError(f"{path} holds the unknown method {found!r}; known: {', '.join(METHODS)}")
+    if str(found) not in Detector.methods:
+        known = ", ".join(Detector.methods)
+        raise ValueError(f"{path} holds {found!r}; of methods, only {known} are imported")
     if method is not None and found != method:
         raise ValueError(f"{path} holds weights of {found}, not of {method}")
-    kind = METHODS[found]
+    kind = Detector.methods[found]
     try:
-        detector = kind(from_plain(kind.Config, description["config"]))
+        detector = kind(config_of(kind.Config, description["config"]))
         detector.categories = tuple(description["categories"])
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
@@ -96,15 +91,30 @@ def pretrained(name: str) -> Detector:
     """One of the tiny detectors that ship with the package, such as "diffusion_ad_toy"."""
     names = sorted(p.stem for p in SHIPPED.glob("*.safetensors"))
     if name not in names:
-        raise ValueError(
-            f"no weights called {name!r} are shipped; there are {', '.join(names) or 'none'}"
-        )
-    return load_checkpoint(SHIPPED / name)
+        raise ValueError(f"no weights called {name!r} are shipped; there are {', '.join(names)}")
+    return load(SHIPPED / name)
+
+
+def load_shipped(detector: Detector, name: str) -> None:
+    """Begin where shipped weights end; ValueError if they are of another size."""
+    path = SHIPPED / f"{name}.safetensors"
+    try:
+        load_weights(detector, read_tensors(path), path)
+    except ValueError as error:
+        raise ValueError(f"{error}; start=None begins from scratch at any size") from error
+
+
+def config_of(kind: type, plain: dict):
+    """A config from what `json.loads` made of it (lists back to tuples), or ValueError."""
+    try:
+        return dacite.from_dict(kind, plain, dacite.Config(cast=[tuple], strict=True))
+    except dacite.DaciteError as error:
+        raise ValueError(str(error)) from error
 
 
 def read_description(path: str | os.PathLike) -> dict:
     """The JSON beside a weights file: method, categories, config, record."""
-    path = _weights_path(path).with_suffix(".json")
+    path = weights_path(path).with_suffix(".json")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it belongs beside the .safetensors file")
     try:
@@ -121,10 +131,10 @@ def add_to_record(path: str | os.PathLike, entries: dict) -> None:
     """Add entries to the record in the JSON beside a weights file; the weights stay as they are."""
     description = read_description(path)
     description["record"] = (description.get("record") or {}) | entries
-    write_text(_as_text(description), _weights_path(path).with_suffix(".json"))
+    write_text(as_text(description), weights_path(path).with_suffix(".json"))
 
 
-def _as_text(description: dict) -> str:
+def as_text(description: dict) -> str:
     """JSON, one entry a line, with flat lists on one line."""
     text = json.dumps(description, indent=1)
     return re.sub(r"\[\n[^\[\]{}]*\]", lambda flat: re.sub(r"\n\s*", "", flat[0]), text)
@@ -143,7 +153,7 @@ def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: obje
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
 
 
-def _weights_path(path: str | os.PathLike) -> Path:
+def weights_path(path: str | os.PathLike) -> Path:
     """The .safetensors file that a name with or without its ending means; "w-0.5" has none."""
     path = Path(path)
     stem = path.stem if path.suffix in (".safetensors", ".json") else path.name
@@ -154,33 +164,31 @@ def _weights_path(path: str | os.PathLike) -> Path:
 
 
 def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
-    """Save tensors under a temporary name, then rename: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _unfinished(path)
-    try:
+    """Save tensors to a safetensors file, whole or not at all."""
+
+    def write(unfinished: Path) -> None:
         unfinished.touch()
         mode = unfinished.stat().st_mode  # safetensors would let nobody else read the file
         save_file(state, unfinished, metadata)
         unfinished.chmod(mode)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+    _write(path, write)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Like `write_tensors`, for text."""
+    """Save text, whole or not at all."""
+    _write(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a hidden name beside `path`, then rename; `tempfile`'s are private."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _unfinished(path)
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        write(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _unfinished(path: Path) -> Path:
-    """A hidden name beside `path`; what `tempfile` makes is readable for its owner alone."""
-    return path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -200,26 +208,3 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def from_plain(kind: type, value: object):
-    """Rebuild a nested dataclass from what `json.loads` made of it (lists back to tuples)."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        unknown = set(value) - set(hints)
-        if unknown:
-            raise ValueError(f"{kind.__qualname__} has no setting {', '.join(sorted(unknown))}")
-        return kind(**{name: from_plain(hints[name], v) for name, v in value.items()})
-    if origin is tuple:
-        item = [args[0]] * len(value) if args[-1] is ... else args
-        return tuple(from_plain(k, v) for k, v in zip(item, value, strict=True))
-    if origin is dict:
-        return {key: from_plain(args[1], v) for key, v in value.items()}
-    if origin in (typing.Union, types.UnionType):
-        present = [k for k in args if k is not type(None)]
-        return None if value is None else from_plain(present[0], value)
-    fitting = {bool: [bool], int: [int], float: [int, float], str: [str]}
-    if kind in fitting and type(value) not in fitting[kind]:
-        raise ValueError(f"expected {kind.__name__}, got {value!r}")
-    return value

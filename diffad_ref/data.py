@@ -1,7 +1,7 @@
-"""The sample contract, and `AnomalyFolder`, which reads the MVTec layout from disk.
+"""What a sample is, and `AnomalyFolder`, which reads samples from the MVTec layout.
 
-Everything that learns or judges in this package eats the dictionaries that come out of here, so
-whatever is odd about a folder (missing masks, mixed sizes, no labels) is settled here, once.
+Everything that learns or judges eats the dictionaries that come out of here. Whatever is odd about
+a file or a folder (bit depth, alpha, missing masks, no labels) is settled here, once.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import center_crop
 
-from diffad_ref.images import SUFFIXES, read_image, read_mask, resize_mask
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 
-# Surfaces without an outline: the whole image is foreground. Zipper counts as one in DiffusionAD.
+# Surfaces without an outline that fill the image; zipper counts as one in DiffusionAD.
 TEXTURES = frozenset(
     ["carpet", "grid", "leather", "tile", "wood", "zipper"]  # MVTec AD
-    + ["brick", "grass", "gravel"]  # the toy factory
-    + ["magnetic_tile"]
+    + ["brick", "grass", "gravel", "magnetic_tile"]  # the toy factory; magnetic tiles
     + [f"Class{i}" for i in range(1, 11)]  # DAGM 2007
 )
 
@@ -35,12 +33,75 @@ EXPECTED_TREE = """\
     test/good/000.png ...             good images to judge
     test/<defect>/000.png ...         defective images, one folder a kind of defect
     ground_truth/<defect>/000_mask.png ...   optional, white where the defect is
+    texture                           optional, empty: the product is a surface, not an object
 (<root> may also be one such category itself)"""
 
+# ------------------------------------------------------------------------------------------ files
 
-def is_texture(category: str) -> bool:
-    """Whether a category is a surface that fills the image, rather than an object on a ground."""
-    return category in TEXTURES
+
+def _open(path: Path) -> Image.Image:
+    """Decode fully, upright, with depths above 8 bits scaled to 8; ValueError names the file."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except Exception as error:  # PIL's decoders raise half a dozen unrelated types
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+    if image.mode == "F":
+        raise ValueError(f"{path}: floating-point images have no known range; save 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    return image
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read any supported image file as 8-bit RGB, alpha composited over white."""
+    image = _open(Path(path))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Read a mask file as uint8 (H, W) in {0, 1}: 1 where it exceeds half of full scale."""
+    image = _open(Path(path))
+    if image.mode in ("LA", "RGBA", "P", "PA"):
+        image = image.convert("RGB")  # a palette's colours count, not its indices
+    return (np.asarray(image.convert("L")) > 127).astype(np.uint8)
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a binary mask (H, W) to `size` (height, width) so that it stays binary.
+
+    A pixel is 1 if at least half of its area is. A mask too thin for that anywhere keeps the
+    pixels that it covers most, so that no defective image loses its mask.
+    """
+    coverage = Image.fromarray(mask.astype(np.float32))
+    coverage = np.asarray(coverage.resize((size[1], size[0]), Image.Resampling.BOX))
+    threshold = min(0.5, float(coverage.max()))
+    return ((coverage >= threshold - 1e-6) & (coverage > 0)).astype(np.uint8)
+
+
+def estimate_foreground(image: np.ndarray) -> np.ndarray:
+    """Where the product is, uint8 (H, W) in {0, 1}, guessed from an image, uint8 (H, W, 3).
+
+    The background is taken to be what the border shows: each pixel's distance from the border's
+    median colour is cut by Otsu's threshold, and gaps are closed. If that gives almost nothing or
+    almost everything, the whole image counts.
+    """
+    from scipy import ndimage
+    from skimage.filters import threshold_otsu
+
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    distance = np.abs(image - np.median(border, axis=0)).max(-1)
+    reach = max(1, len(image) // 24)
+    product = ndimage.maximum_filter(distance > threshold_otsu(distance), 4 * reach + 1)
+    product = ndimage.minimum_filter(product, 2 * reach + 1)  # gaps are closed, a margin is kept
+    whole = not 0.05 <= product.mean() <= 0.95
+    return np.ones_like(product, np.uint8) if whole else product.astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------- folders
 
 
 @dataclass(frozen=True)
@@ -62,6 +123,8 @@ class Record:
 class AnomalyFolder(Dataset):
     """Images with their masks from a folder in the MVTec layout.
 
+    A detector gives the sets that fit it: see `Detector.folder`.
+
     Parameters
     ----------
     root : path
@@ -71,15 +134,16 @@ class AnomalyFolder(Dataset):
         Every image is resized to it (antialiased bilinear); None keeps each image's own size.
     categories : sequence of str, optional
         Which ones, in the order of `category_index`; by default all of them, sorted.
-    foreground : path, optional
-        Folder that mirrors `root` with masks of the object, such as
-        `<foreground>/<category>/train/good/000.png`.
+    textures : sequence of str, optional
+        Which of them are surfaces without an outline; by default those with a file `texture` in
+        their folder, and the known names in `TEXTURES`.
+    foreground : path or "estimate", optional
+        Where the product is: a folder that mirrors `root` with masks, or a guess.
     crop : int, optional
         Keep only the middle of each resized image, so many pixels a side, and of its masks. A
         label stays what its folder says, even if the defect is cut away.
     cache : bool
-        Keep decoded images in memory, 4 HW bytes each. Small images are read thousands of times,
-        and decoding would cost more than learning. Ignored for `image_size=None`.
+        Keep decoded images in memory, 4 HW bytes each: decoding would cost more than learning.
 
     Attributes
     ----------
@@ -88,10 +152,8 @@ class AnomalyFolder(Dataset):
         task then count their categories among those of all tasks.
     samples : list of Record
         In sorted order: category, then kind, then file name.
-    has_labels : bool
-        False if the test images lie loose in one folder: image metrics then mean nothing.
-    has_masks : bool
-        False if any defective image lacks its mask: pixel metrics then mean nothing.
+    has_labels, has_masks : bool
+        False if test images lie loose in one folder; if any defective image lacks its mask.
 
     Raises
     ------
@@ -103,14 +165,10 @@ class AnomalyFolder(Dataset):
     Notes
     -----
     `dataset[i]` is a dict: image (3, H, W) float32 in [0, 1], mask (1, H, W) in {0, 1}, label,
-    category, category_index, kind, path, and foreground (1, H, W) if a folder was given.
-
-    Grey images get three equal channels; 16-bit images are scaled from 65535 to 255. Alpha is
-    composited over white, because the colour beneath a transparent pixel is arbitrary.
-
-    A mask, `000_mask.png` or `000.png`, is defect where it exceeds half of full scale. (Class
-    numbers such as VisA's are for the adapter that writes this layout.) `resize_mask` has the
-    rule for smaller sizes. Zeros stand for a mask that is missing or not needed.
+    category, category_index, texture, kind, path, and foreground (1, H, W) if it was asked for.
+    Grey images get three equal channels; 16-bit images are scaled to 8; alpha is composited over
+    white. A mask, `000_mask.png` or `000.png`, is defect where it exceeds half of full scale;
+    zeros stand for one that is missing.
     """
 
     def __init__(
@@ -119,26 +177,27 @@ class AnomalyFolder(Dataset):
         split: str = "train",
         image_size: int | tuple[int, int] | None = 64,
         categories: Sequence[str] | None = None,
+        textures: Sequence[str] | None = None,
         foreground: str | Path | None = None,
-        cache: bool = True,
         crop: int | None = None,
+        cache: bool = True,
     ):
         if split not in ("train", "test"):
             raise ValueError(f'split must be "train" or "test", got {split!r}')
-        self.root = Path(root)
-        folders = _category_folders(self.root)
-        self.categories = _select(folders, categories, self.root)
-        samples = []
-        for category in self.categories:
+        folders = _category_folders(Path(root))
+        chosen, samples = _select(folders, categories, root), []
+        for category in chosen:
             folder = folders[category]
             if split == "train":
-                found = _read_good(folder / "train/good", category)
+                records = _read_good(folder / "train/good", category)
             else:
-                found = _read_test(folder / "test", category, folder / "ground_truth")
-            if foreground is not None:
-                found = _add_foreground(found, folder, Path(foreground) / category)
-            samples += found
-        self._fill(split, samples, image_size, cache, crop)
+                records = _read_test(folder / "test", category, folder / "ground_truth")
+            if foreground not in (None, "estimate"):
+                records = _add_foreground(records, folder, Path(foreground) / category)
+            samples += records
+        if textures is None:
+            textures = [c for c in chosen if c in TEXTURES or (folders[c] / "texture").exists()]
+        self._fill(root, split, samples, chosen, textures, image_size, foreground, crop, cache)
 
     @classmethod
     def from_folders(
@@ -147,39 +206,55 @@ class AnomalyFolder(Dataset):
         test: str | Path | None = None,
         image_size: int | tuple[int, int] | None = 64,
         category: str = "images",
-        cache: bool = True,
+        texture: bool | None = None,
+        foreground: str | None = None,
         crop: int | None = None,
+        cache: bool = True,
     ) -> AnomalyFolder:
         """Read one plain folder of images, without a layout and without masks.
 
         Parameters
         ----------
-        good : path
-            Folder of good images; gives a training set.
-        test : path
-            Folder of images to judge; gives a test set. Subfolders name the kinds ("good", or
-            any defect) and give labels. Without them `has_labels` is False: predict only.
+        good, test : path
+            One of the two. Good images give a training set. Images to judge give a test set: its
+            sub-folders name the kinds; without them `has_labels` is False.
         category : str
-            Its name, the same for both sets. The rest as for `AnomalyFolder`.
+            Its name, the same for both sets.
+        texture : bool, optional
+            Whether the product is a surface that fills the image. A training set that is not told
+            warns, and takes it for an object.
 
-        Raises ValueError if not exactly one of them is given, or it holds no image.
+        The rest, and what is raised, as for `AnomalyFolder`.
         """
         if (good is None) == (test is None):
             raise ValueError("from_folders makes one set: give either good=... or test=...")
+        if texture is None and good is not None and category not in TEXTURES:
+            warnings.warn(
+                f"{category!r} is taken for an object on a background; say texture=True for a "
+                "surface that fills the image, or texture=False",
+                stacklevel=2,
+            )
+        read, split, root = (
+            (_read_good, "train", good) if test is None else (_read_test, "test", test)
+        )
+        surface = category in TEXTURES if texture is None else texture
         self = cls.__new__(cls)  # no layout to look for, so not through __init__
-        self.root = Path(test if good is None else good)
-        self.categories = [category]
-        read, split = (_read_test, "test") if good is None else (_read_good, "train")
-        self._fill(split, read(self.root, category), image_size, cache, crop)
+        textures, records = [category] * surface, read(Path(root), category)
+        self._fill(root, split, records, [category], textures, image_size, foreground, crop, cache)
         return self
 
-    def _fill(self, split, samples, image_size, cache, crop=None) -> None:
-        self.split = split
-        self.samples = samples
-        self.image_size = image_size
-        self._size = _size_pair(image_size)
-        self.crop = crop
-        if crop is not None and (self._size is None or crop > min(self._size)):
+    def _fill(
+        self, root, split, samples, categories, textures, image_size, foreground, crop, cache
+    ) -> None:
+        if unknown := set(textures) - set(categories):
+            raise ValueError(f"textures {sorted(unknown)} are not among {', '.join(categories)}")
+        self.root, self.split, self.samples = Path(root), split, samples
+        self.categories, self.textures = list(categories), frozenset(textures)
+        self.image_size, self.foreground, self.crop = image_size, foreground, crop
+        self._size = size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"image_size must be positive, a pair or None, got {image_size!r}")
+        if crop is not None and (size is None or crop > min(size)):
             raise ValueError(f"cannot crop {crop} pixels from images of size {image_size}")
         self.has_labels = all(record.kind != "unlabelled" for record in samples)
         self.has_masks = self.has_labels and all(r.mask_path for r in samples if r.label)
@@ -200,6 +275,7 @@ class AnomalyFolder(Dataset):
             "label": record.label,
             "category": record.category,
             "category_index": self.categories.index(record.category),
+            "texture": record.category in self.textures,
             "kind": record.kind,
             "path": str(record.path),
         }
@@ -207,17 +283,21 @@ class AnomalyFolder(Dataset):
     def _decode(self, record: Record) -> dict[str, Tensor]:
         """The sample's pictures as bytes: image in 0..255, masks in {0, 1}."""
         image = read_image(record.path)
-        height, width = self._size or image.size[::-1]
-        small = image.resize((width, height), Image.Resampling.BILINEAR)
-        parts = {"image": torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()}
-        masks = {"mask": record.mask_path, "foreground": record.foreground_path}
-        for name, path in masks.items():
+        size = self._size or image.size[::-1]
+        small = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))
+        parts = {"image": torch.from_numpy(small).permute(2, 0, 1).contiguous()}
+        for name, path in (("mask", record.mask_path), ("foreground", record.foreground_path)):
             if path is not None:
                 mask = _read_mask_of(record, path, image.size)
-                parts[name] = torch.from_numpy(resize_mask(mask, (height, width)))[None]
-        parts.setdefault("mask", torch.zeros(1, height, width, dtype=torch.uint8))
+                parts[name] = torch.from_numpy(resize_mask(mask, size))[None]
+        parts.setdefault("mask", torch.zeros(1, *size, dtype=torch.uint8))
+        if self.foreground == "estimate":
+            whole = record.category in self.textures
+            guess = np.ones(size, np.uint8) if whole else estimate_foreground(small)
+            parts["foreground"] = torch.from_numpy(guess)[None]
         if self.crop is not None:
-            parts = {name: center_crop(part, [self.crop]) for name, part in parts.items()}
+            rows, columns = (slice((n - self.crop) // 2, (n + self.crop) // 2) for n in size)
+            parts = {name: part[:, rows, columns].contiguous() for name, part in parts.items()}
         return parts
 
 
@@ -231,13 +311,6 @@ def _read_mask_of(record: Record, path: Path, image_size: tuple[int, int]) -> np
     if not mask.any():
         warnings.warn(f"{path} marks no pixel, its image is {record.kind!r}", stacklevel=2)
     return mask
-
-
-def _size_pair(image_size) -> tuple[int, int] | None:
-    pair = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if pair is not None and (len(pair) != 2 or min(pair) < 1):
-        raise ValueError(f"image_size must be a positive int, a pair or None, got {image_size!r}")
-    return pair
 
 
 def _contents(folder: Path) -> str:
@@ -324,7 +397,4 @@ def _add_foreground(samples: list[Record], folder: Path, foreground: Path) -> li
     missing = [str(foreground / key) for key in keys if key not in masks]
     if missing:
         raise FileNotFoundError(f"no foreground mask {missing[0]}.* ({len(missing)} missing)")
-    return [
-        replace(record, foreground_path=masks[key])
-        for record, key in zip(samples, keys, strict=True)
-    ]
+    return [replace(r, foreground_path=masks[k]) for r, k in zip(samples, keys, strict=True)]

@@ -13,21 +13,18 @@ arXiv 2503.19357. Formulas C1-C10 are numbered as in the book.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from diffad_ref.backbones import LatentUNet
-from diffad_ref.codecs import Codec, CodecConfig, build_codec, draw_latent
-from diffad_ref.detector import Detector, Prediction, Rate, Stage, check_categories, class_indices
-from diffad_ref.diffusion import Schedule, draw_times, respaced
-from diffad_ref.images import check_images, moved_crop
+from diffad_ref.codecs import CodecConfig, build_codec, draw_latent
+from diffad_ref.detector import Detector, Prediction, Rate, Stage
+from diffad_ref.diffusion import Draw, Schedule
 from diffad_ref.maps import clip_and_scale, enlarge, gaussian_filter
-from diffad_ref.masking import visibility
-from diffad_ref.patches import Corruption, draw_corruption
-from diffad_ref.spins import grid_moves, mean_in_place, move
+from diffad_ref.networks import LatentUNet
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -40,6 +37,36 @@ SIZES = {
     "XL": (320, 12, 640),
 }
 
+ODDS = (0.3, 0.25, 0.2, 0.15, 0.1)  # of patches of 1, 2, 4, 8 and 16 latent cells
+PAPER_RATE = Rate(1e-4, "cosine", warmup=284, horizon=1.5)
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """How latents are corrupted; the defaults are the paper's, for 32 x 32 cells."""
+
+    patch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)  # latent cells; one is drawn a batch
+    patch_odds: tuple[float, ...] = ODDS
+    mask_ratio: tuple[float, float] = (0.0, 0.7)  # share of patches that are corrupted
+    foreign_ratio: tuple[float, float] = (0.0, 0.3)  # share of patches that are foreign, not noise
+
+    @classmethod
+    def of_side(cls, side: int) -> Corruption:
+        """For latents of so many cells a side: powers of 2 that divide it, up to half of it."""
+        table = [(2**k, p) for k, p in enumerate(ODDS) if 2 * 2**k <= side and side % 2**k == 0]
+        total = sum(p for _, p in table)
+        return cls(tuple(size for size, _ in table), tuple(p / total for _, p in table))
+
+    def check(self, side: int) -> None:
+        """Refuse patches that do not divide latents of so many cells a side."""
+        bad = [patch for patch in self.patch_sizes if side % patch]
+        if bad or not self.patch_sizes:
+            raise ValueError(f"patches of {bad} cells do not divide latents of {side} cells")
+        if len(self.patch_odds) != len(self.patch_sizes):
+            raise ValueError(
+                f"{len(self.patch_sizes)} patch sizes, but {len(self.patch_odds)} odds for them"
+            )
+
 
 @dataclass(frozen=True)
 class Config:
@@ -49,7 +76,7 @@ class Config:
     resize: int = 288  # pixels of the images that are cropped to image_size
     shift: int = 4  # pixels by which every second training crop may move, on each axis
     classes: int = 15  # rows of the class table
-    codec: CodecConfig = field(default_factory=CodecConfig)
+    codec: CodecConfig = CodecConfig()
     # Network.
     width: int = 256
     multipliers: tuple[int, ...] = (1, 2, 4)
@@ -58,31 +85,20 @@ class Config:
     context: int = 512  # width of a class token
     dropout: float = 0.4
     norm_groups: int = 32
-    # Corruption.
+    # Corruption and correction.
     schedule: str = "cosine"
     steps: int = 10  # T
-    corruption: Corruption = field(default_factory=Corruption)
-    # Correction.
+    corruption: Corruption = Corruption()
     times: tuple[int, ...] = (8, 6, 4, 2, 0)  # time steps of the correction: 5 of the 10
-    rescale: bool = False  # fit the direction to the next noise level between steps
-    spins: int = 1  # places of the codec's grid, on each axis, that a map is averaged over
     # Scoring.
     fusion: str = "geometric"  # or "arithmetic", "image", "latent"
     image_clip: float = 0.4  # of a difference of images in [-1, 1]
     image_sigma: float = 3.0  # pixels
     latent_clip: float = 0.2
     latent_sigma: float = 1.0  # latent cells
-    masking: float = 0.0  # contrast, of images in [-1, 1], that halves a difference; 0 none
     # 800 epochs of MVTec AD's 3,629 images; the cosine would reach 0 after 1,200.
     stages: tuple[Stage, ...] = (
-        Stage(
-            "correction",
-            22_700,
-            128,
-            {"corrector": Rate(1e-4, "cosine", warmup=284, horizon=1.5)},
-            optimizer="adamw",
-            weight_decay=1e-4,
-        ),
+        Stage("correction", 22_700, 128, {"corrector": PAPER_RATE}, "adamw", weight_decay=1e-4),
     )
 
     @classmethod
@@ -92,11 +108,11 @@ class Config:
             raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
         width, heads, context = SIZES[size]
         paper = cls(
+            image_size=image_size,
+            resize=image_size * 9 // 8,
             width=width,
             heads=heads,
             context=context,
-            image_size=image_size,
-            resize=image_size * 9 // 8,
             corruption=Corruption.of_side(image_size // CodecConfig().factor),
         )
         return replace(paper, **changes)
@@ -104,12 +120,12 @@ class Config:
     @classmethod
     def tiny(cls, image_size: int = 64, **changes) -> Config:
         """Two CPU cores: latents of 4 x 4 patches, a network of 1.8 M parameters."""
-        codec = CodecConfig("pca", channels=12, factor=4)
+        rate = {"corrector": Rate(5e-4, "cosine", warmup=200)}
         tiny = cls(
             image_size=image_size,
-            resize=image_size,
+            resize=image_size,  # no pixel to spare for a margin
             classes=6,
-            codec=codec,
+            codec=CodecConfig("pca", channels=12, factor=4),
             width=32,
             multipliers=(1, 2, 2),
             blocks=1,
@@ -117,21 +133,11 @@ class Config:
             context=64,
             dropout=0.0,  # a small network has nothing to spare
             norm_groups=8,
-            corruption=Corruption.of_side(image_size // codec.factor),
+            corruption=Corruption.of_side(image_size // 4),
             image_sigma=1.0,
             latent_sigma=0.5,
             latent_clip=0.3,
-            stages=(
-                Stage(
-                    "correction",
-                    12_000,
-                    16,
-                    {"corrector": Rate(5e-4, "cosine", warmup=200)},
-                    optimizer="adamw",
-                    weight_decay=1e-4,
-                    clip=1.0,
-                ),
-            ),
+            stages=(Stage("correction", 12_000, 16, rate, "adamw", 1e-4, clip=1.0),),
         )
         return replace(tiny, **changes)
 
@@ -139,32 +145,107 @@ class Config:
 # ------------------------------------------------------------------------------------- corruption
 
 
-def corrupt(z_0: Tensor, eps: Tensor, mask: Tensor, abar: Tensor) -> Tensor:
+def corrupt(z_0: Tensor, eps: Tensor, m: Tensor, abar: Tensor) -> Tensor:
     """Corrupt a latent where its mask is 0.
 
     Parameters
     ----------
     z_0, eps : Tensor (B, C, h, w)
         Clean latent and what disturbs it.
-    mask : Tensor (B, 1, h, w)
+    m : Tensor (B, 1, h, w)
         1 keeps a place as it is.
     abar : Tensor (B, 1, 1, 1)
         Signal left in a corrupted place, in [0, 1].
     """
-    return mask * z_0 + (1 - mask) * (abar.sqrt() * z_0 + (1 - abar).sqrt() * eps)  # C1
+    return m * z_0 + (1 - m) * (abar.sqrt() * z_0 + (1 - abar).sqrt() * eps)  # C1
 
 
-def deviation(z_0: Tensor, eps: Tensor, mask: Tensor, abar: Tensor) -> Tensor:
+def deviation(z_0: Tensor, eps: Tensor, m: Tensor, abar: Tensor) -> Tensor:
     """Direction in which a corrupted latent deviates from normal; 0 where it does not.
 
     It is made so that z_t = z_0 + sqrt(1 - abar) eta everywhere (C4). Arguments as for `corrupt`.
     """
-    return (1 - mask) * (eps - signal_share(abar) * z_0)  # C3
+    return (1 - m) * (eps - signal_share(abar) * z_0)  # C3
 
 
-def signal_share(abar: Tensor | float) -> Tensor | float:
-    """How much of z_0 a deviation takes away: (1 - sqrt(abar)) / sqrt(1 - abar)."""
-    return (1 - abar**0.5) / (1 - abar) ** 0.5
+def signal_share(abar: Tensor) -> Tensor:
+    """How much of z_0 a deviation takes away."""
+    return (1 - abar.sqrt()) / (1 - abar).sqrt()
+
+
+def mix_noise(gaussian: Tensor, foreign: Tensor, n: Tensor) -> Tensor:
+    """Gaussian noise where n (B, 1, h, w) is 1, foreign content elsewhere (all (B, C, h, w))."""
+    return n * gaussian + (1 - n) * foreign  # C2
+
+
+def shuffle_patches(z: Tensor, patch: int, order: Tensor) -> Tensor:
+    """Shuffle the patches of a whole batch (B, C, H, W): they wander from image to image.
+
+    Patches are numbered image by image, then row by row; patch i becomes patch order[i] (B n,).
+    """
+    b, _, h, _ = z.shape
+    patches = rearrange(z, "b c (i p) (j q) -> (b i j) c p q", p=patch, q=patch)
+    return rearrange(patches[order], "(b i j) c p q -> b c (i p) (j q)", b=b, i=h // patch)
+
+
+def patch_mask(kept: Tensor, order: Tensor, patch: int, side: int) -> Tensor:
+    """Masks (B, 1, side, side) in {0, 1} that keep some patches of each image.
+
+    Parameters
+    ----------
+    kept : Tensor (B,), long
+        How many patches are kept.
+    order : Tensor (B, n), long
+        A permutation of the n patches of each image; the first are kept.
+    """
+    stays = (torch.arange(order.shape[1], device=order.device) < kept[:, None]).float()
+    mask = torch.zeros_like(stays).scatter(1, order, stays).view(len(order), 1, side // patch, -1)
+    return mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
+def draw_corruption(
+    z_0: Tensor, settings: Corruption, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw where a batch of latents (B, C, side, side) is disturbed, and by what.
+
+    Returns
+    -------
+    m : Tensor (B, 1, side, side)
+        1 where a latent stays clean.
+    eps : Tensor (B, C, side, side)
+        Gaussian noise, or patches of the batch (C2).
+    """
+    b, side, draw = len(z_0), z_0.shape[-1], Draw(generator, z_0.device)
+    odds = torch.tensor(settings.patch_odds, device=generator.device)
+    patch = settings.patch_sizes[torch.multinomial(odds, 1, generator=generator).item()]
+    count = (side // patch) ** 2  # patches of a latent
+
+    def mask(low: float, high: float) -> Tensor:
+        kept = (count * (1 - draw.uniform(b, low=low, high=high))).long()
+        return patch_mask(kept, draw.orders(b, count), patch, side)
+
+    m, n = mask(*settings.mask_ratio), mask(*settings.foreign_ratio)
+    foreign = shuffle_patches(z_0, patch, draw.orders(1, b * count)[0])
+    return m, mix_noise(draw.normal(*z_0.shape), foreign, n)
+
+
+def moved_crop(images: Tensor, size: int, shift: int, generator: torch.Generator) -> Tensor:
+    """The middle (B, C, size, size) of images, moved by a few pixels in every second one.
+
+    Parameters
+    ----------
+    images : Tensor (B, C, H, H)
+        Images of `size` have no margin to move in: their borders are mirrored.
+    shift : int
+        Largest move on each axis, in pixels.
+    """
+    if images.shape[-1] == size:
+        images = F.pad(images, [shift] * 4, mode="reflect")
+    b, margin = len(images), (images.shape[-1] - size) // 2
+    reach, draw = min(shift, margin), Draw(generator, images.device)
+    corner = margin + draw.integers(-reach, reach + 1, b, 2) * (draw.uniform(b, 1) < 0.5)
+    places = images.unfold(2, size, 1).unfold(3, size, 1)  # (B, C, H - size + 1, …, size, size)
+    return places[torch.arange(b, device=images.device), :, corner[:, 0], corner[:, 1]]
 
 
 # ------------------------------------------------------------------------------------- correction
@@ -190,8 +271,8 @@ def correct(
         Time steps, falling.
     rescale : bool
         The deviation of a corrupted place depends on the noise level (C3). False, as released,
-        takes the same direction to the next level. True fits it, which is exact where everything
-        is corrupted: the steps are then those of DDIM.
+        keeps the direction. True fits it to the next level: the steps of DDIM, which are exact
+        where everything is corrupted.
 
     Returns
     -------
@@ -201,14 +282,15 @@ def correct(
     falling = [len(schedule), *times, -1]
     if not times or falling != sorted(set(falling), reverse=True):
         raise ValueError(f"time steps must fall, from {len(schedule) - 1} at most, not {times}")
-    states = []
-    abars = [*schedule.abar[list(times)].tolist(), 1.0]  # no deviation is left at the end
-    for t, abar, abar_prev in zip(times, abars, abars[1:], strict=False):
-        eta = model(z, torch.full((len(z),), t, device=z.device))
-        z_hat = z - (1 - abar) ** 0.5 * eta  # C4, solved for z_0
-        if rescale and abar_prev < 1:
-            eta = eta + (signal_share(abar) - signal_share(abar_prev)) * z_hat
-        z = z_hat + (1 - abar_prev) ** 0.5 * eta  # C6
+    levels = [torch.full((len(z),), t, device=z.device) for t in times]
+    abars, states = [schedule.at(t) for t in levels], []
+    for t, abar, abar_prev in zip(levels, abars, [*abars[1:], None], strict=True):
+        eta = model(z, t)
+        z = z - (1 - abar).sqrt() * eta  # C4, solved for z_0
+        if abar_prev is not None:
+            if rescale:
+                eta = eta + (signal_share(abar) - signal_share(abar_prev)) * z
+            z = z + (1 - abar_prev).sqrt() * eta  # C6
         states.append(z)
     return states
 
@@ -240,161 +322,82 @@ FUSIONS = {
     "latent": lambda image, latent: latent,
 }
 
-
-def image_score(anomaly_map: Tensor) -> Tensor:
-    """How abnormal an image is: the largest value (B,) of its map (B, H, W)."""
-    return anomaly_map.flatten(1).amax(1)  # C10
-
-
 # -------------------------------------------------------------------------------------- detector
 
 
 class DecoDiff(Detector):
-    """Deviation correction in the latent space of a codec, one model for many classes.
-
-    Parameters
-    ----------
-    config : DecoDiff.Config
-        `Config.tiny()` or `Config.paper()`.
-    codec : Codec, optional
-        Ready for use; by default the config's, which `fit` trains or loads first.
-    """
+    """Deviation correction in the latent space of a codec, one model for many classes."""
 
     Config = Config
 
-    def __init__(self, config: Config | None = None, codec: Codec | None = None):
-        super().__init__()
-        config = config or Config.paper()
-        self.config = config = replace(config, codec=codec.config) if codec else config
-        self.schedule = Schedule.named(config.schedule, config.steps)
-        self.codec = codec or build_codec(config.codec)
-        size, factor = config.image_size, config.codec.factor
-        self.codec.check(size)
-        self.moves = grid_moves(factor, config.spins)
-        config.corruption.check(size // factor)
-        multiple = factor * 2 ** (len(config.multipliers) - 1)
-        if size % multiple:
-            raise ValueError(f"image_size must be a multiple of {multiple}, not {size}")
-        self.corrector = LatentUNet(
-            config.codec.channels,
-            config.classes,
-            config.width,
-            config.multipliers,
-            config.blocks,
-            config.heads,
-            config.context,
-            config.dropout,
-            config.norm_groups,
-        )
-        self.stages = config.stages
+    def __init__(self, config: Config | None = None):
+        super().__init__(config)
+        c, codec, side = self.config, self.config.codec, self.config.image_size
+        multiple = codec.factor * 2 ** (len(c.multipliers) - 1)
+        if side % multiple:
+            raise ValueError(f"image_size must be a multiple of {multiple}, not {side}")
+        if c.fusion not in FUSIONS:
+            raise ValueError(f"unknown fusion {c.fusion!r}; there are {', '.join(FUSIONS)}")
+        c.corruption.check(side // codec.factor)
+        self.schedule = Schedule.named(c.schedule, c.steps)
+        self.codec = build_codec(codec)
+        network = (c.width, c.multipliers, c.blocks, c.heads, c.context, c.dropout, c.norm_groups)
+        self.corrector = LatentUNet(codec.channels, c.classes, *network)
         self.enter(self.stages[-1])
 
     def prepare(self, dataset) -> None:
         """Train or load the codec, before the first step of a training run."""
-        check_categories(getattr(dataset, "categories", ()), self.config.classes)
+        names, classes = getattr(dataset, "categories", ()), self.config.classes
+        if len(names) > classes:
+            raise ValueError(
+                f"{len(names)} categories do not fit into a table of {classes} classes; "
+                "build the detector with classes=..."
+            )
         self.codec.prepare(dataset)
 
-    def training_loss(self, batch, generator=None):
+    def training_loss(self, batch, generator):
         """Scalar "loss" for a batch of normal images, or of their latents (C5)."""
-        generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
         with torch.no_grad():
-            if (posterior := batch.get("posterior")) is None:
-                check_images(batch["image"])
-                x = moved_crop(batch["image"], self.config.image_size, self.config.shift, generator)
-                posterior = self.codec.posterior(x * 2 - 1)
-            z_0 = draw_latent(posterior, generator)
-            category = self._classes(batch.get("category_index"), len(z_0))
-            t = draw_times((0, len(self.schedule)), z_0, generator)
+            z_0 = self.latents(batch, generator)
+            c = self.classes_of(batch.get("category_index"), len(z_0))
+            t = Draw(generator, z_0.device).integers(0, len(self.schedule), len(z_0))
             abar = self.schedule.at(t)
-            mask, eps = draw_corruption(z_0, self.config.corruption, generator)
-            z_t, eta = corrupt(z_0, eps, mask, abar), deviation(z_0, eps, mask, abar)
-        return {"loss": F.mse_loss(self.corrector(z_t, t, category).float(), eta)}  # C5
+            m, eps = draw_corruption(z_0, self.config.corruption, generator)  # C2
+            z_t, eta = corrupt(z_0, eps, m, abar), deviation(z_0, eps, m, abar)  # C1, C3
+        return {"loss": F.mse_loss(self.corrector(z_t, t, c).float(), eta)}  # C5
+
+    def latents(self, batch, generator) -> Tensor:
+        """What is learned from: latents of moved crops, or of posteriors computed before."""
+        if "posterior" in batch:
+            return draw_latent(batch["posterior"], generator)
+        x = moved_crop(batch["image"], self.config.image_size, self.config.shift, generator)
+        return self.codec.sample(x, generator)
+
+    def judge(self, x, category_index, generator):
+        """Correct and compare; nothing is random here."""
+        z_0 = self.codec.encode(x)
+        return self.compare(z_0, self.reconstruct(z_0, category_index)[-1])
+
+    def reconstruct(self, z, category_index, times=None, rescale: bool = False) -> list[Tensor]:
+        """Latents (B, C, h, w) after each correction step; the steps default to the config's."""
+        c = self.classes_of(category_index, len(z))
+        times = self.config.times if times is None else times
+        return correct(lambda z, t: self.corrector(z, t, c), z, self.schedule, times, rescale)
 
     @torch.no_grad()
-    def predict(
-        self,
-        images,
-        category_index=None,
-        generator=None,
-        *,
-        steps: int | None = None,
-        start: int | None = None,
-        times: Sequence[int] | None = None,
-        rescale: bool | None = None,
-        fusion: str | None = None,
-    ):
-        """Anomaly map, score and corrected image of images (B, 3, H, W) in [0, 1].
-
-        Nothing is random here: the generator is not used.
-
-        Parameters
-        ----------
-        category_index : Tensor (B,), long
-            Class of each image, as in `self.categories`.
-        steps, start : int
-            Steps kept of the T, and how many of those are taken: the least noisy; default all.
-        times, rescale, fusion
-            Instead of the config's.
-        """
-        self.check(images)
-        images, found = images.to(self.device), []
-        for x in (move(images, *way) for way in self.moves):
-            z_0 = self.encode(x)
-            states = self.reconstruct(z_0, category_index, steps, start, times, rescale)
-            found.append(self.compare(z_0, states[-1], fusion, x))
-        anomaly_map = mean_in_place([f.anomaly_map for f in found], self.moves)
-        return replace(found[0], anomaly_map=anomaly_map, score=image_score(anomaly_map))
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Mean latent (B, C, h, w) of images (B, 3, H, W) in [0, 1]."""
-        return self.codec.encode(images * 2 - 1)
-
-    def reconstruct(
-        self, z, category_index, steps=None, start=None, times=None, rescale=None
-    ) -> list[Tensor]:
-        """Latents (B, C, h, w) after each correction step; arguments as in `predict`."""
-        category = self._classes(category_index, len(z))
-        if times is None:
-            times = self.config.times
-            if steps is not None or start is not None:
-                kept = respaced(len(self.schedule), len(times) if steps is None else steps)
-                times = kept[:start][::-1]
-        rescale = self.config.rescale if rescale is None else rescale
-        return correct(
-            lambda z, t: self.corrector(z, t, category), z, self.schedule, times, rescale
-        )
-
-    @torch.no_grad()
-    def compare(self, z_0, z_hat, fusion: str | None = None, images=None) -> Prediction:
-        """Judge corrected latents beside the original ones, both (B, C, h, w).
-
-        Pictures are in the light of `images`, or else as the codec sees them.
-        """
-        fusion, config = fusion or self.config.fusion, self.config
-        if fusion not in FUSIONS:
-            raise ValueError(f"unknown fusion {fusion!r}; there are {', '.join(FUSIONS)}")
+    def compare(self, z_0, z_hat, fusion: str | None = None) -> Prediction:
+        """Judge corrected latents beside the original ones, both (B, C, h, w)."""
+        config = self.config
         # The codec's own loss is in both, and so in neither's difference.
         x_0, x_hat = self.codec.decode(torch.cat([z_0, z_hat])).chunk(2)
-        seen = visibility(x_hat, config.masking)
-        image = image_discrepancy(seen * x_hat, seen * x_0, config.image_clip, config.image_sigma)
-        seen = F.adaptive_avg_pool2d(seen, z_0.shape[-2:])
-        limits = config.image_size, config.latent_clip, config.latent_sigma
-        latent = latent_discrepancy(seen * z_hat, seen * z_0, *limits)
-        anomaly_map = FUSIONS[fusion](image, latent)
+        image = image_discrepancy(x_hat, x_0, config.image_clip, config.image_sigma)
+        limits = config.latent_clip, config.latent_sigma
+        latent = latent_discrepancy(z_hat, z_0, config.image_size, *limits)
+        anomaly_map = FUSIONS[fusion or config.fusion](image, latent)
+        parts = {"image_discrepancy": image, "latent_discrepancy": latent}
         return Prediction(
             anomaly_map=anomaly_map,
-            score=image_score(anomaly_map),
-            reconstruction=self.codec.picture(x_hat, images),
-            parts={
-                "decoded": self.codec.picture(x_0, images),
-                "image_discrepancy": image,
-                "latent_discrepancy": latent,
-                "z_0": z_0,
-                "z_hat": z_hat,
-            },
-        )
-
-    def _classes(self, category_index, count: int) -> Tensor:
-        return class_indices(
-            category_index, count, self.config.classes, self.categories, self.device
+            score=anomaly_map.flatten(1).amax(1),  # C10
+            reconstruction=self.codec.picture(x_hat),
+            parts={"decoded": self.codec.picture(x_0), "z_0": z_0, "z_hat": z_hat} | parts,
         )

@@ -1,20 +1,19 @@
 """What every method promises: a loss to train with, and a prediction to judge it by.
 
-`fit`, `evaluate`, the notebooks and the command line know only what stands here, so that a
-method's own file can hold nothing but the method.
+`fit`, `evaluate`, the notebooks and the command line know only what stands here. Batches are
+checked here, at the border, so that a method's own file can hold nothing but the method.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from diffad_ref.images import check_images
+from diffad_ref.data import AnomalyFolder
 
 
 @dataclass
@@ -83,32 +82,134 @@ class Stage:
 class Detector(nn.Module, ABC):
     """Base class of DiffusionAD, DeCo-Diff and One-for-More.
 
-    A subclass defines ``Config`` (a frozen dataclass with `tiny()` and `paper()`), sets
-    `self.config`, `self.stages` and `self.categories`, and implements `training_loss` and
-    `predict`. Its direct children are the parts that a `Stage` names.
+    A subclass defines `Config`, a frozen dataclass with `image_size`, `stages`, `tiny()` and
+    `paper()`, builds its networks, and implements `training_loss` and `judge`. Its direct
+    children are the parts that a `Stage` names.
+
+    Attributes
+    ----------
+    methods : dict
+        Every subclass by its name: what a checkpoint may hold.
+    categories : tuple of str
+        What it was trained on, in the order of `category_index`.
     """
 
+    methods: dict[str, type[Detector]] = {}
     Config: type
-    stages: tuple[Stage, ...]
     categories: tuple[str, ...] = ()
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        Detector.methods[cls.__name__] = cls
+
+    def __init__(self, config=None):
+        super().__init__()
+        if not isinstance(config, self.Config):
+            name = type(self).__name__
+            raise TypeError(
+                f"how large? {name}.tiny() is for two CPU cores, {name}.paper() is the published "
+                f"size for a GPU, and {name}(config) takes any {name}.Config"
+            )
+        self.config, self.stages = config, config.stages
+
+    @classmethod
+    def tiny(cls, **changes) -> Detector:
+        """The size for two CPU cores; arguments are those of `Config.tiny`."""
+        return cls(cls.Config.tiny(**changes))
+
+    @classmethod
+    def paper(cls, **changes) -> Detector:
+        """The published size; arguments are those of `Config.paper`."""
+        return cls(cls.Config.paper(**changes))
+
+    # ------------------------------------------------------------------------------ for a method
+
     @abstractmethod
-    def training_loss(
-        self, batch: dict, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
+    def training_loss(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
         """Scalars of one training step; "loss" is the total that is minimised."""
 
     @abstractmethod
+    def judge(
+        self, x: Tensor, category_index: Tensor | None, generator: torch.Generator
+    ) -> Prediction:
+        """What `predict` does with images that are checked, in evaluation mode."""
+
+    def prepare(self, dataset) -> None:
+        """Learn or load what must be known before the first step of a training run; mostly none."""
+
+    # ----------------------------------------------------------------------------------- for all
+
+    def forward(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Check a batch of training images and compute its loss."""
+        if "image" in batch:
+            self.check(batch["image"], self.view("train")["image_size"], self.config.image_size)
+        if generator is None:
+            generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        return self.training_loss(batch, generator)
+
+    @torch.no_grad()
     def predict(
         self,
         images: Tensor,
         category_index: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Prediction:
-        """Judge images (B, 3, H, W) in [0, 1]; the same generator gives the same prediction."""
+        """Judge images (B, 3, H, W) in [0, 1], in evaluation mode whatever the mode was.
 
-    def prepare(self, dataset) -> None:
-        """Learn or load what must be known before the first step of a training run; mostly none."""
+        Parameters
+        ----------
+        category_index : Tensor (B,), long, optional
+            Class of each image, as in `categories`, for methods that must know.
+        generator : torch.Generator, optional
+            The same generator gives the same prediction; by default one of seed 0.
+        """
+        self.check(images, self.config.image_size)
+        generator = generator or torch.Generator().manual_seed(0)
+        training = self.training
+        try:
+            return self.eval().judge(images.to(self.device), category_index, generator)
+        finally:
+            self.train(training)
+
+    def check(self, images: Tensor, *sizes: int) -> None:
+        """Refuse what is not a batch of images, or has none of these sizes."""
+        check_images(images)
+        height, width = images.shape[-2:]
+        if height != width or width not in sizes:
+            wanted = " or ".join(f"{size} x {size}" for size in dict.fromkeys(sizes))
+            raise ValueError(f"this model was built for {wanted} images, not {height} x {width}")
+
+    def classes_of(self, category_index: Tensor | None, count: int) -> Tensor:
+        """The classes (count,), long, of a batch, for methods with a table of `config.classes`.
+
+        Raises ValueError, with the names that are known, for a missing or wrong number of indices
+        and for an index outside the table.
+        """
+        classes = self.config.classes
+        known = f"there are {classes} classes: {list(self.categories)}"
+        if category_index is None:
+            raise ValueError(f"say which category each image is of (category_index); {known}")
+        indices = torch.as_tensor(category_index, device=self.device)
+        if indices.shape != (count,) or indices.is_floating_point():
+            raise ValueError(f"expected {count} category indices, got {category_index}; {known}")
+        if indices.min() < 0 or indices.max() >= classes:
+            raise ValueError(f"a category index is unknown: {indices.tolist()}; {known}")
+        return indices.long()
+
+    def view(self, split: str) -> dict:
+        """Arguments for `AnomalyFolder`: how the images of "train" or "test" must come."""
+        size = self.config.image_size
+        resize = getattr(self.config, "resize", size)
+        return {"image_size": resize, "crop": size if split == "test" and resize > size else None}
+
+    def folder(self, root, split: str = "train", **options) -> AnomalyFolder:
+        """A data set in the MVTec layout, at this detector's size: see `AnomalyFolder`."""
+        return AnomalyFolder(root, split, **self.view(split) | options)
+
+    def from_folders(self, good=None, test=None, **options) -> AnomalyFolder:
+        """A plain folder of images, at this detector's size: see `AnomalyFolder.from_folders`."""
+        options = self.view("train" if test is None else "test") | options
+        return AnomalyFolder.from_folders(good, test, **options)
 
     def enter(self, stage: Stage) -> None:
         """Prepare for a stage: the parts that it names learn, all others are frozen."""
@@ -128,61 +229,33 @@ class Detector(nn.Module, ABC):
         ]
 
     @property
-    def training_view(self) -> dict:
-        """Arguments for `AnomalyFolder`: how large training images must come."""
-        return {"image_size": getattr(self.config, "resize", self.config.image_size)}
-
-    @property
-    def view(self) -> dict:
-        """Arguments for `AnomalyFolder`: test images are resized, and perhaps their middle cut."""
-        view, size = self.training_view, self.config.image_size
-        return view | {"crop": size if view["image_size"] != size else None}
-
-    def check(self, images: Tensor) -> None:
-        """Refuse what is not a batch of images of the size that the detector was built for."""
-        check_images(images)
-        size = self.config.image_size
-        if images.shape[-2:] != (size, size):
-            got = f"{images.shape[-2]} x {images.shape[-1]}"
-            raise ValueError(f"this model was built for {size} x {size} images, not {got}")
-
-    def forward(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Same as `training_loss`, so that a data-parallel wrapper can call it."""
-        return self.training_loss(batch, generator)
-
-    @property
     def device(self) -> torch.device:
         """Where the weights live."""
         return next(self.parameters()).device
 
 
-def check_categories(names: Sequence[str], classes: int) -> None:
-    """Refuse a data set of more categories than the class table has rows."""
-    if len(names) > classes:
-        raise ValueError(
-            f"{len(names)} categories do not fit into a table of {classes} classes; "
-            "build the detector with classes=..."
-        )
+def check_images(images: Tensor, name: str = "images") -> None:
+    """Refuse what is not a batch of images (B, 3, H, W), floating point, in [0, 1].
 
-
-def class_indices(
-    category_index: Tensor | None,
-    count: int,
-    classes: int,
-    names: Sequence[str],
-    device: torch.device,
-) -> Tensor:
-    """The classes (count,), long, of a batch, checked against a table of so many classes.
-
-    Raises ValueError, with the names that are known, for a missing or wrong number of indices and
-    for an index outside the table.
+    Raises ValueError, which begins with `name`, for another type, shape or dtype, an empty batch,
+    NaN, and values outside [0, 1] (up to 1e-4, which resampling may cost).
     """
-    known = f"there are {classes} classes: {list(names)}"
-    if category_index is None:
-        raise ValueError(f"say which category each image is of (category_index); {known}")
-    indices = torch.as_tensor(category_index, device=device)
-    if indices.shape != (count,) or indices.is_floating_point():
-        raise ValueError(f"expected {count} category indices, got {category_index}; {known}")
-    if indices.min() < 0 or indices.max() >= classes:
-        raise ValueError(f"a category index is unknown: {indices.tolist()}; {known}")
-    return indices.long()
+    if not isinstance(images, Tensor):
+        raise ValueError(f"{name}: expected a tensor (B, 3, H, W), got {type(images).__name__}")
+    if images.ndim != 4 or images.shape[1] != 3:
+        hint = "; add the batch dimension with images[None]" if images.ndim == 3 else ""
+        raise ValueError(f"{name}: expected shape (B, 3, H, W), got {tuple(images.shape)}{hint}")
+    if images.numel() == 0:
+        raise ValueError(f"{name}: the batch is empty, shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"{name}: expected float32 in [0, 1], got {images.dtype}; "
+            "convert with images.float() / 255 if these are bytes"
+        )
+    low, high = torch.stack(images.aminmax()).tolist()
+    if not math.isfinite(high - low):
+        bad = [i for i, image in enumerate(images) if not torch.isfinite(image).all()]
+        raise ValueError(f"{name}: NaN or infinite pixels in image(s) {bad} of the batch")
+    if low < -1e-4 or high > 1 + 1e-4:
+        hint = "; divide by 255" if high > 1.5 else "; is it still in [-1, 1]?" if low < 0 else ""
+        raise ValueError(f"{name}: values must lie in [0, 1], found [{low:.4g}, {high:.4g}]{hint}")

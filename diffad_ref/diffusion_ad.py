@@ -12,19 +12,16 @@ numbered as in the book; D1 and D2 stand in `diffusion.py`, D12 in `anomalies.py
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_ref.anomalies import Synthesis, synthesize
-from diffad_ref.backbones import Denoiser, SegmentationNet, adm_unet
-from diffad_ref.data import is_texture
+from diffad_ref.anomalies import Synthesis, synthesize, texture_bank
 from diffad_ref.detector import Detector, Prediction, Rate, Stage
-from diffad_ref.diffusion import Schedule, add_noise, draw_noise, draw_times, predict_x0
-from diffad_ref.metrics import top_k_mean
-from diffad_ref.texture_sources import estimate_foreground, texture_bank
+from diffad_ref.diffusion import Draw, Schedule, add_noise, implied_noise, predict_x0
+from diffad_ref.networks import adm_unet
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -41,11 +38,7 @@ class Config:
     attention_levels: tuple[int, ...] = (3, 4, 5)  # levels with attention: 32, 16 and 8 pixels
     heads: int = 4  # attention heads at every width
     norm_groups: int = 32  # of the group normalisation
-    patch_size: int = 1  # pixels packed into channels, per axis
-    predicts: str = "noise"  # what its U-Net puts out: "noise" (paper) or the clean "image"
-    # Segmentation network.
-    segmentation_width: int = 64  # channels of its first stage
-    segmentation_norm: str = "batch"  # "batch" (paper) or "group"
+    segmentation_width: int = 64  # channels of the segmentation network's first stage
     # Noise.
     schedule: str = "linear"
     steps: int = 1000  # T
@@ -54,16 +47,19 @@ class Config:
     t_s: int = 200  # small scale at inference
     t_b: int = 400  # large scale at inference
     w: float = 1.0  # guidance weight
-    draws: int = 1  # of the noise at inference; their reconstructions are averaged (paper: one)
     # Anomalies and scoring.
-    synthesis: Synthesis = field(default_factory=Synthesis)
-    foreground: str = "whole"  # "whole" image, or "estimate" the product of object categories
+    synthesis: Synthesis = Synthesis()
     top_k: int = 50  # pixels whose mean is the image score
-    reconstruct: bool = True  # False: the ablation that compares with an empty image
     stages: tuple[Stage, ...] = (
         # 3000 epochs: 40 000 steps for a category of some 210 images.
         Stage("joint", 40_000, 16, {"denoiser": Rate(1e-4), "segmenter": Rate(1e-5, "cycle")}),
     )
+    # Only for tiny; the paper has the defaults.
+    patch_size: int = 1  # pixels packed into channels, per axis: costs patch_size² less
+    predicts: str = "noise"  # or the clean "image": few channels cannot carry noise
+    segmentation_norm: str = "batch"  # or "group": a tiny batch has poor statistics
+    draws: int = 1  # of the noise at inference, averaged: few pixels make a single draw noisy
+    foreground: str = "whole"  # image, or "estimate" the product: a tiny model wastes nothing
 
     @classmethod
     def paper(cls, **changes) -> Config:
@@ -79,17 +75,11 @@ class Config:
             multipliers=(1, 2, 3),
             blocks=1,
             attention_levels=(2,),
-            heads=4,
             norm_groups=8,
-            patch_size=max(1, image_size // 32),
-            predicts="image",  # few channels cannot carry noise
             segmentation_width=12,
-            segmentation_norm="group",  # a batch is small
             t_s_range=(100, 300),  # what is less noisy keeps every defect
             t_b_range=(300, 600),  # what is noisier shows nothing of a 64-pixel image
-            draws=8,  # few pixels, so a single draw is noisy
             synthesis=Synthesis(max_exponent=3, threshold=0.4, p_match=0.4, p_flat=0.2),
-            foreground="estimate",
             stages=(
                 Stage("denoiser", 4500, 8, {"denoiser": Rate(5e-4, "cosine", 100)}, clip=1.0),
                 Stage("segmentation", 2000, 16, {"segmenter": Rate(1e-3, "cosine", 50)}, clip=1.0),
@@ -101,15 +91,89 @@ class Config:
                     clip=1.0,
                 ),
             ),
+            patch_size=max(1, image_size // 32),
+            predicts="image",
+            segmentation_norm="group",
+            draws=8,
+            foreground="estimate",
         )
         return replace(tiny, **changes)
 
-    def without_reconstruction(self) -> Config:
-        """The ablation: the segmentation network alone, with as many steps to learn."""
-        steps = sum(stage.steps for stage in self.stages if "segmenter" in stage.lr)
-        stage = next(stage for stage in self.stages if "segmenter" in stage.lr)
-        alone = replace(stage, steps=steps, lr={"segmenter": stage.lr["segmenter"]})
-        return replace(self, reconstruct=False, stages=(alone,))
+
+# -------------------------------------------------------------------------------------- networks
+
+
+class Denoiser(nn.Module):
+    """Predicts the noise in an image.
+
+    Parameters
+    ----------
+    unet : UNet2DModel
+        With 3 p² channels in and out.
+    patch_size : int
+        p: the U-Net works on a p times smaller image with p² times the channels.
+    schedule : Schedule, optional
+        If given, the U-Net puts out the clean image, and the noise follows from it. Noise has no
+        structure that a narrow network could squeeze through few channels; an image has.
+    """
+
+    def __init__(self, unet: nn.Module, patch_size: int = 1, schedule: Schedule | None = None):
+        super().__init__()
+        self.unet, self.patch_size, self.schedule = unet, patch_size, schedule
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Noise (B, 3, H, W) predicted in x_t (B, 3, H, W) at time steps t (B,), long."""
+        packed = F.pixel_unshuffle(x_t, self.patch_size)  # (B, 3p², H/p, W/p)
+        output = F.pixel_shuffle(self.unet(packed, t).sample, self.patch_size)
+        return output if self.schedule is None else implied_noise(x_t, output, self.schedule.at(t))
+
+
+class SegmentationNet(nn.Module):
+    """U-Net with six encoder and five decoder stages that compares two images.
+
+    Parameters
+    ----------
+    in_channels : int
+        Two RGB images: 6.
+    width : int
+        Channels of the first stage; the others have 2, 4, 8, 8 and 8 times as many.
+    norm : "batch" or "group"
+        Of what is between convolution and ReLU.
+    """
+
+    def __init__(self, in_channels: int = 6, width: int = 64, norm: str = "batch"):
+        super().__init__()
+        kinds = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(4, channels)}
+        if norm not in kinds:
+            raise ValueError(f"norm is 'batch' or 'group', not {norm!r}")
+
+        def conv(i: int, o: int) -> list[nn.Module]:
+            return [nn.Conv2d(i, o, 3, padding=1), kinds[norm](o), nn.ReLU(inplace=True)]
+
+        def twice(i: int, o: int) -> nn.Module:
+            return nn.Sequential(*conv(i, o), *conv(o, o))
+
+        def up(i: int, o: int) -> nn.Module:
+            double = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+            return nn.Sequential(double, *conv(i, o))
+
+        w = [width * m for m in (1, 2, 4, 8, 8, 8)]
+        outs, skips = (w[4], w[2], w[1], w[0], w[0]), w[-2::-1]
+        self.encoder = nn.ModuleList(map(twice, (in_channels, *w[:-1]), w))
+        self.upward = nn.ModuleList(map(up, (w[5], *outs[:-1]), outs))
+        self.decoder = nn.ModuleList(twice(o + s, o) for o, s in zip(outs, skips, strict=True))
+        self.head = nn.Conv2d(w[0], 1, 3, padding=1)
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """Probability of a defect (B, 1, H, W) from image and reconstruction (B, 6, H, W)."""
+        skips, features = [], pair
+        for depth, stage in enumerate(self.encoder):
+            features = stage(features if depth == 0 else F.max_pool2d(features, 2))
+            skips.append(features)
+        skips.pop()
+        for upward, stage in zip(self.upward, self.decoder, strict=True):
+            features = stage(torch.cat([upward(features), skips.pop()], 1))
+        return self.head(features).sigmoid()
 
 
 # ---------------------------------------------------------------------------------- noise to norm
@@ -164,43 +228,7 @@ def noise_to_norm(
     return NoiseToNorm(x_s, x_b, eps_s, eps_b, x0_b, xtilde, eps_g, x0_g)
 
 
-def norm_guided_x0(
-    x_s: Tensor,
-    x_b: Tensor,
-    eps_s: Tensor,
-    eps_b: Tensor,
-    abar_s: Tensor,
-    abar_b: Tensor,
-    w: float = 1.0,
-) -> Tensor:
-    """Blend two one-step estimates of the normal image (D4-D6 in closed form).
-
-    A small noise level keeps detail but may keep the defect; a large one loses both. Guidance
-    moves the small-scale estimate towards the large-scale one.
-
-    Parameters
-    ----------
-    x_s, x_b : Tensor (B, C, H, W)
-        The image noised at the small and at the large level.
-    eps_s, eps_b : Tensor (B, C, H, W)
-        The noise that the model predicts in each.
-    abar_s, abar_b : Tensor (B, 1, 1, 1)
-        Cumulative alpha at each level, in (0, 1].
-    w : float
-        Guidance weight; 0 ignores the large scale.
-
-    Returns
-    -------
-    Tensor (B, C, H, W), clamped to [-1, 1].
-
-    Source: DiffusionAD, norm-guided denoising.
-    """
-    x0_s = predict_x0(x_s, eps_s, abar_s)  # D2
-    x0_b = predict_x0(x_b, eps_b, abar_b).clamp(-1, 1)  # D2
-    return (x0_s + w * (1 - abar_s) * (x0_b - x0_s)).clamp(-1, 1)  # D6
-
-
-# ---------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------ losses and score
 
 
 def noise_loss(
@@ -232,147 +260,119 @@ def mask_loss(prediction: Tensor, mask: Tensor) -> Tensor:
     return 5 * focal_loss(prediction, mask).mean() + F.smooth_l1_loss(prediction, mask)  # D9
 
 
+def top_k_mean(maps: Tensor, k: int = 50) -> Tensor:
+    """Score each image (B,) by the mean of the k largest pixels of its map (B, H, W) (D11).
+
+    A single pixel is noise and the mean of all pixels forgets a small defect; this lies between.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    pixels = torch.as_tensor(maps).flatten(1)
+    return pixels.topk(min(k, pixels.shape[1]), dim=1).values.mean(dim=1)  # D11
+
+
 # -------------------------------------------------------------------------------------- detector
 
 
 class DiffusionAD(Detector):
     """Noise-to-norm reconstruction and segmentation, trained on normal images alone.
 
-    Parameters
+    Attributes
     ----------
-    config : DiffusionAD.Config
-        `Config.tiny()` or `Config.paper()`.
-    textures : Tensor (K, 3, S, S), uint8, optional
-        Foreign textures for synthetic anomalies; by default the built-in photographs.
+    textures : Tensor (K, 3, S, S), uint8
+        Foreign textures for synthetic anomalies, from `anomalies.texture_bank`; unless they are
+        set, the built-in photographs.
     """
 
     Config = Config
 
-    def __init__(self, config: Config | None = None, textures: Tensor | None = None):
-        super().__init__()
-        self.config = config = config or Config.paper()
-        _check(config)
+    def __init__(self, config: Config | None = None):
+        super().__init__(config)
+        config, self.textures = self.config, None
+        packed = config.patch_size * 2 ** (len(config.multipliers) - 1)
+        multiple = math.lcm(packed, 2**5)  # the segmentation network has six levels
+        if config.image_size % multiple:
+            raise ValueError(
+                f"image_size must be a multiple of {multiple}, not {config.image_size}"
+            )
+        if config.draws < 1:
+            raise ValueError(f"draws must be at least 1, not {config.draws}")
         self.schedule = Schedule.named(config.schedule, config.steps)
-        if config.reconstruct:
-            self.denoiser = _denoiser(config, self.schedule)
+        unet = adm_unet(
+            3 * config.patch_size**2,
+            config.width,
+            config.multipliers,
+            config.blocks,
+            config.attention_levels,
+            config.heads,
+            norm_groups=config.norm_groups,
+        )
+        behind = {"noise": None, "image": self.schedule}[config.predicts]
+        self.denoiser = Denoiser(unet, config.patch_size, behind)
         self.segmenter = SegmentationNet(6, config.segmentation_width, config.segmentation_norm)
-        self.stages = config.stages
-        self.textures = textures
         self.enter(self.stages[-1])
 
-    def training_loss(self, batch, generator=None):
-        """Scalars "loss", "noise" and "mask" for a batch of normal images (D10)."""
-        images = batch["image"]
-        self.check(images)
-        generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
-        if "segmenter" in self.stage.lr:
-            synthetic = self._synthesize(batch, generator)
-            x, mask, label = synthetic.image, synthetic.mask, synthetic.label
-        else:
-            x, mask, label = images, None, images.new_zeros(len(images))
+    def view(self, split):
+        """As for all methods; a training set may estimate where the product is."""
+        guess = split == "train" and self.config.foreground == "estimate"
+        return super().view(split) | ({"foreground": "estimate"} if guess else {})
 
-        losses = {}
-        noise_s, noise_b = draw_noise(x, generator), draw_noise(x, generator)
-        if self.config.reconstruct:
-            t_s = draw_times(self.config.t_s_range, x, generator)  # D3
-            t_b = draw_times(self.config.t_b_range, x, generator)
-            with torch.set_grad_enabled("denoiser" in self.stage.lr):
-                steps = noise_to_norm(
-                    self.denoiser, x, t_s, t_b, noise_s, noise_b, self.schedule, self.config.w
-                )
-            x0 = steps.x0_g
-        else:
-            x0 = torch.zeros_like(x)
-        if "denoiser" in self.stage.lr:
+    def training_loss(self, batch, generator):
+        """Scalars "loss", "noise" and "mask" for a batch of normal images (D10)."""
+        x, learns, losses = batch["image"], self.stage.lr, {}
+        label = x.new_zeros(len(x))
+        if "segmenter" in learns:
+            x, mask, label = self.with_anomalies(batch, generator)
+        draw = Draw(generator, x.device)
+        t_s = draw.integers(*self.config.t_s_range, len(x))  # D3
+        t_b = draw.integers(*self.config.t_b_range, len(x))
+        noise_s, noise_b = draw.normal(*x.shape), draw.normal(*x.shape)
+        with torch.set_grad_enabled("denoiser" in learns):
+            steps = self.rebuild(x, t_s, t_b, noise_s, noise_b)
+        if "denoiser" in learns:
             losses["noise"] = noise_loss(steps.eps_s, steps.eps_b, noise_s, noise_b, label)
-        if "segmenter" in self.stage.lr:
-            prediction = self.segmenter(torch.cat([x, x0], 1))  # D7
-            with torch.autocast(x.device.type, enabled=False):
-                losses["mask"] = mask_loss(prediction.float(), mask)
+        if "segmenter" in learns:
+            losses["mask"] = self.comparison_loss(x, steps.x0_g, mask)
         return {"loss": sum(losses.values()), **losses}  # D10
 
-    @torch.no_grad()
-    def predict(self, images, category_index=None, generator=None):
-        """Anomaly map, score and reconstruction of images (B, 3, H, W) in [0, 1].
+    def with_anomalies(self, batch, generator):
+        """Images, masks and labels of a batch, half of it with synthetic anomalies."""
+        if self.textures is None:
+            self.textures = texture_bank()
+        x, foreground = batch["image"], batch.get("foreground")
+        self.textures = self.textures.to(x.device)
+        surface, settings = batch["texture"].to(x.device), self.config.synthesis
+        return synthesize(x, surface, self.textures, settings, generator, foreground)
 
-        One model judges every category, so `category_index` is not looked at. Without a
-        generator the noise comes from seed 0. The parts are those of the first draw of noise.
-        """
-        self.check(images)
-        x = images.to(self.device)
-        generator = generator or torch.Generator().manual_seed(0)
-        parts = {}
-        x0 = torch.zeros_like(x)
-        if self.config.reconstruct:
-            steps = self.reconstruct(x, generator)
-            more = [self.reconstruct(x, generator).x0_g for _ in range(self.config.draws - 1)]
-            x0 = torch.stack([steps.x0_g, *more]).mean(0)
-            parts = {"noised": steps.x_s, "noised_large": steps.x_b, "estimate_large": steps.x0_b}
-        return self.compare(x, x0, parts)
+    def rebuild(self, x, t_s, t_b, noise_s, noise_b, w=None) -> NoiseToNorm:
+        """Every step to the normal version of images, by the own networks and weight."""
+        w = self.config.w if w is None else w
+        return noise_to_norm(self.denoiser, x, t_s, t_b, noise_s, noise_b, self.schedule, w)
+
+    def comparison_loss(self, x, x0, mask) -> Tensor:
+        """How wrong the segmentation network is about images and their reconstructions."""
+        prediction = self.segmenter(torch.cat([x, x0], 1))  # D7
+        with torch.autocast(x.device.type, enabled=False):
+            return mask_loss(prediction.float(), mask)
+
+    def judge(self, x, category_index, generator):
+        """Reconstruct and compare; one model judges every category. Parts: the first draw's."""
+        draws = [self.reconstruct(x, generator) for _ in range(self.config.draws)]
+        x0, first = torch.stack([steps.x0_g for steps in draws]).mean(0), draws[0]
+        noised = {"noised": first.x_s, "noised_large": first.x_b, "estimate_large": first.x0_b}
+        return replace(self.compare(x, x0), parts=noised)
 
     def reconstruct(self, x, generator, t_s=None, t_b=None, w=None) -> NoiseToNorm:
         """The normal version of images; levels and weight default to the config's."""
-
-        def level(t):
-            return torch.full((len(x),), t, device=x.device)
-
-        config = self.config
-        t_s, t_b = (config.t_s if t_s is None else t_s), (config.t_b if t_b is None else t_b)
-        w = config.w if w is None else w
-        noise_s, noise_b = draw_noise(x, generator), draw_noise(x, generator)
-        return noise_to_norm(
-            self.denoiser, x, level(t_s), level(t_b), noise_s, noise_b, self.schedule, w
+        draw, config = Draw(generator, x.device), self.config
+        t_s, t_b = (
+            torch.full((len(x),), own if t is None else t, device=x.device)
+            for t, own in ((t_s, config.t_s), (t_b, config.t_b))
         )
+        return self.rebuild(x, t_s, t_b, draw.normal(*x.shape), draw.normal(*x.shape), w)
 
     @torch.no_grad()
-    def compare(self, x, x0, parts=None) -> Prediction:
+    def compare(self, x, x0) -> Prediction:
         """Segment the difference between images and reconstructions."""
-        mask = self.segmenter(torch.cat([x, x0], 1))  # D7
-        return Prediction(
-            anomaly_map=mask[:, 0],
-            score=top_k_mean(mask[:, 0], self.config.top_k),  # D11
-            reconstruction=x0.clamp(0, 1),
-            parts=parts or {},
-        )
-
-    def _synthesize(self, batch, generator):
-        images = batch["image"]
-        if self.textures is None:
-            self.textures = texture_bank()
-        if self.textures.device != images.device:
-            self.textures = self.textures.to(images.device)
-        textures = torch.tensor([is_texture(c) for c in batch["category"]], device=images.device)
-        foreground = batch.get("foreground")
-        if foreground is None and self.config.foreground == "estimate":
-            whole = torch.ones_like(images[:, :1])
-            foreground = torch.where(
-                textures[:, None, None, None], whole, estimate_foreground(images)
-            )
-        return synthesize(
-            images, textures, self.textures, self.config.synthesis, generator, foreground
-        )
-
-
-def _check(config: Config) -> None:
-    """Each level of a network halves the image, so its size must divide."""
-    denoiser = config.patch_size * 2 ** (len(config.multipliers) - 1)
-    multiple = math.lcm(denoiser, 2**5)  # the segmentation network has six levels
-    if config.image_size % multiple:
-        raise ValueError(f"image_size must be a multiple of {multiple}, not {config.image_size}")
-    if config.draws < 1:
-        raise ValueError(f"draws must be at least 1, not {config.draws}")
-
-
-def _denoiser(config: Config, schedule: Schedule) -> Denoiser:
-    unet = adm_unet(
-        3 * config.patch_size**2,
-        config.width,
-        config.multipliers,
-        config.blocks,
-        config.attention_levels,
-        config.heads,
-        norm_groups=config.norm_groups,
-    )
-    return Denoiser(
-        unet, config.patch_size, {"noise": None, "image": schedule.abar}[config.predicts]
-    )
+        mask = self.segmenter(torch.cat([x, x0], 1))[:, 0]  # D7
+        return Prediction(mask, top_k_mean(mask, self.config.top_k), x0.clamp(0, 1))

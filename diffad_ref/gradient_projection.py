@@ -169,7 +169,7 @@ class GradientProjectionMemory:
         self.seen = {name: self._svd() for name in self.layers}
         self._columns = {name: [] for name in self.layers}
         hooks = [
-            layer.register_forward_pre_hook(self._recorder(name), with_kwargs=False)
+            layer.register_forward_pre_hook(self._recorder(name))
             for name, layer in self.layers.items()
         ]
         try:
@@ -332,52 +332,3 @@ def _together(matrix: Tensor) -> Tensor:
     parts = [None] * state.get_world_size()
     state.all_gather_object(parts, matrix.cpu())
     return torch.cat(parts, 1).to(matrix.device)
-
-
-def memory_bill(
-    layers: dict[str, nn.Module], run: Callable[[], object], images: int, itemsize: int = 4
-) -> list[dict]:
-    """What a plain and an iterative SVD have to hold, layer by layer.
-
-    Nothing is computed beyond the run itself, which may be on the meta device: a network of any
-    size can be asked on any machine.
-
-    Parameters
-    ----------
-    layers : dict
-        The layers to watch, by name; such as `GradientProjectionMemory.layers`.
-    run : callable
-        Sends one image through the network, as at inference.
-    images : int
-        Images of a task.
-    itemsize : int
-        Bytes a number.
-
-    Returns
-    -------
-    list of dict
-        For each layer its features, the columns that one image gives, and the bytes of the whole
-        matrix ("plain") and of one image's chunk with the basis before it ("iterative").
-    """
-    columns = dict.fromkeys(layers, 0)
-
-    def counter(name: str):
-        def count(layer, inputs, output):
-            columns[name] += output.numel() // layer.weight.shape[0]
-
-        return count
-
-    hooks = [layer.register_forward_hook(counter(name)) for name, layer in layers.items()]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    bill = []
-    for name, layer in layers.items():
-        features, chunk = layer.weight[0].numel(), columns[name]
-        held = chunk + min(features, chunk * images)
-        row = {"layer": name, "features": features, "columns": chunk}
-        row["plain"] = features * chunk * images * itemsize
-        bill.append(row | {"iterative": features * min(held, chunk * images) * itemsize})
-    return bill

@@ -1,23 +1,25 @@
-"""Anomaly maps: smoothing and enlarging, as the released codes do it.
+"""From two images to a map of where they differ: features, distances, smoothing, enlarging.
 
-Both act on each axis alone and are linear, so each is a matrix, and a batch of maps costs two
-products on whatever device it lies. The numbers are those of SciPy's filters.
+Pixels of a reconstruction differ everywhere a little; features ask whether the same *things* are
+there. The paper takes a ResNet-50 that knows ImageNet. Where that is too large, principal
+components of patches, at several scales, stand in for it.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------- smoothing and enlarging
+# Both act on each axis alone and are linear, so each is a matrix, and a batch of maps costs two
+# products on whatever device it lies. The numbers are those of SciPy's filters.
 
 
 def gaussian_filter(maps: Tensor, sigma: float) -> Tensor:
     """Smooth maps (..., H, W); borders are mirrored and the kernel ends at 4 sigma.
 
-    Parameters
-    ----------
-    sigma : float
-        Width of the Gaussian in pixels; 0 leaves the maps as they are.
+    `sigma` is the width of the Gaussian in pixels; 0 leaves the maps as they are.
     """
     if sigma == 0:
         return maps
@@ -33,6 +35,11 @@ def enlarge(maps: Tensor, size: int) -> Tensor:
     """
     rows, columns = (_linear_matrix(n, size).to(maps) for n in maps.shape[-2:])
     return rows @ maps @ columns.mT
+
+
+def clip_and_scale(maps: Tensor, limit: float) -> Tensor:
+    """Cut maps at a limit, beyond which a difference is simply large, and scale them to [0, 1]."""
+    return maps.clamp(0, limit) / limit
 
 
 def _blur_matrix(length: int, sigma: float) -> Tensor:
@@ -58,39 +65,118 @@ def _linear_matrix(length: int, size: int) -> Tensor:
     return matrix.scatter_add_(1, (below[:, None] + 1).clamp(max=last), share)
 
 
-def clip_and_scale(maps: Tensor, limit: float) -> Tensor:
-    """Cut maps at a limit, beyond which a difference is simply large, and scale them to [0, 1]."""
-    return maps.clamp(0, limit) / limit
+# ---------------------------------------------------------------------------------------- features
 
 
-def feature_distance(
-    features: list[Tensor],
-    others: list[Tensor],
-    size: int,
-    distance: str = "euclidean",
-    fusion: str = "sum",
-) -> Tensor:
-    """How far two images' features lie apart, level by level, as one map (B, size, size) (O3).
+def feature_distance(features: list[Tensor], others: list[Tensor], size: int) -> Tensor:
+    """How far two images' features lie apart, summed over the levels, as a map (B, size, size).
 
     Parameters
     ----------
     features, others : list of Tensor (B, C, h, w)
         A pyramid of each image; levels may differ in size and channels.
-    distance : "euclidean" or "cosine"
-        Over the channels of a place: the norm of the difference, or 1 - cosine similarity.
-    fusion : "sum" or "product"
-        Of the levels.
+
+    Source: One-for-More, anomaly map (O3).
     """
-    levels = []
-    for a, b in zip(features, others, strict=True):
-        if distance == "euclidean":
-            gap = (a - b).square().sum(1, keepdim=True).sqrt()
-        elif distance == "cosine":
-            gap = 1 - F.cosine_similarity(a, b, dim=1)[:, None]
-        else:
-            raise ValueError(f"distance is 'euclidean' or 'cosine', not {distance!r}")
-        levels.append(F.interpolate(gap, size, mode="bilinear", align_corners=True)[:, 0])
-    if fusion not in ("sum", "product"):
-        raise ValueError(f"fusion is 'sum' or 'product', not {fusion!r}")
-    stacked = torch.stack(levels)
-    return stacked.sum(0) if fusion == "sum" else stacked.prod(0)
+    gaps = (
+        (a - b).square().sum(1, keepdim=True).sqrt() for a, b in zip(features, others, strict=True)
+    )
+    levels = [F.interpolate(gap, size, mode="bilinear", align_corners=True) for gap in gaps]
+    return sum(levels)[:, 0]  # O3
+
+
+class ResNetFeatures(nn.Module):
+    """Some stages of a ResNet-50: 0 is the stem, 1 to 4 are its layers.
+
+    Parameters
+    ----------
+    stages : tuple of int
+        1, 2, 3 for MVTec AD and 0, 2, 4 for VisA in the released code.
+    """
+
+    MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+
+    def __init__(self, stages: tuple[int, ...] = (1, 2, 3)):
+        from torchvision.models import resnet50
+        from torchvision.models.feature_extraction import create_feature_extractor
+
+        super().__init__()
+        nodes = ("relu", "layer1", "layer2", "layer3", "layer4")
+        if not stages or not set(stages) <= set(range(5)):
+            raise ValueError(f"stages are some of 0 to 4, not {stages}")
+        network = create_feature_extractor(resnet50(), {nodes[s]: str(s) for s in stages})
+        self.network = network.requires_grad_(False).eval()
+        self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+
+    def prepare(self, images: Tensor | None = None) -> None:
+        """Load torchvision's ImageNet weights; from its cache, or else over the network."""
+        if self.ready:
+            return
+        from torchvision.models import ResNet50_Weights
+
+        state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        missing, _ = self.network.load_state_dict(state, strict=False)
+        if missing:
+            raise ValueError(f"these weights are no ResNet-50's: {len(missing)} are missing")
+        self.ready.fill_(True)
+
+    def train(self, mode: bool = True) -> ResNetFeatures:
+        """Stay in evaluation mode: its normalisation must not learn."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps (B, C, h, w) of images (B, 3, H, W) in [0, 1], one a stage."""
+        if not self.ready.is_meta and not self.ready:
+            raise ValueError("the features have no weights yet: call prepare()")
+        mean, deviation = (images.new_tensor(v)[:, None, None] for v in (self.MEAN, self.DEVIATION))
+        return list(self.network((images - mean) / deviation).values())
+
+
+class PatchFeatures(nn.Module):
+    """Principal components of small patches, at several scales, all of equal strength.
+
+    Parameters
+    ----------
+    scales : tuple of int
+        By which the image is shrunk.
+    patch : int
+        Side of a patch in pixels of the shrunk image.
+    channels : int
+        Components kept at each scale.
+    """
+
+    def __init__(self, scales: tuple[int, ...] = (1, 2, 4), patch: int = 5, channels: int = 12):
+        super().__init__()
+        self.scales, self.patch = scales, patch
+        self.register_buffer("mean", torch.zeros(len(scales), 3 * patch**2))
+        self.register_buffer("filters", torch.zeros(len(scales), channels, 3 * patch**2))
+
+    @torch.no_grad()
+    def prepare(self, images: Tensor) -> None:
+        """Learn from images (N, 3, H, W) in [0, 1], unless it has learnt before."""
+        if self.filters.any():
+            return
+        for i, x in enumerate(self._pyramid(images)):
+            patches = F.unfold(x, self.patch, stride=2).transpose(0, 1).flatten(1).double()
+            mean = patches.mean(1, keepdim=True)
+            covariance = (patches - mean) @ (patches - mean).T / patches.shape[1]
+            values, vectors = torch.linalg.eigh(covariance)
+            kept = self.filters.shape[1]
+            filters = vectors.flip(1)[:, :kept] / values.flip(0)[:kept].sqrt()
+            self.mean[i], self.filters[i] = mean[:, 0], filters.T
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps (B, channels, h, w) of images (B, 3, H, W), one a scale."""
+        if not self.filters.is_meta and not self.filters.any():
+            raise ValueError("the features have learned nothing yet: call prepare(images)")
+        return [
+            F.conv2d(
+                F.pad(x, [self.patch // 2] * 4, mode="reflect"),
+                filters.view(-1, 3, self.patch, self.patch),
+                -filters @ mean,
+            )
+            for x, filters, mean in zip(self._pyramid(images), self.filters, self.mean, strict=True)
+        ]
+
+    def _pyramid(self, images: Tensor) -> list[Tensor]:
+        return [F.avg_pool2d(images, scale) for scale in self.scales]

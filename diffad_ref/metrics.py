@@ -18,26 +18,11 @@ from scipy.integrate import trapezoid
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)  # pixels that touch at a corner are one region
 
-
-def top_k_mean(maps, k: int = 50) -> torch.Tensor:
-    """Score each image by the mean of its `k` largest pixels (D11).
-
-    A single pixel is noise and the mean of all pixels forgets a small defect; this lies between.
-
-    Parameters
-    ----------
-    maps : Tensor or array (B, H, W) or (B, 1, H, W)
-    k : int
-        Pixels to average; all of them when the map has fewer.
-
-    Returns
-    -------
-    Tensor (B,)
-    """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    pixels = torch.as_tensor(maps).flatten(1)
-    return pixels.topk(min(k, pixels.shape[1]), dim=1).values.mean(dim=1)
+# What is measured, in the order of every table.
+METRICS = (
+    *("image_auroc", "image_ap", "image_f1max"),
+    *("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro"),
+)
 
 
 def image_metrics(scores, labels) -> dict[str, float]:
@@ -69,7 +54,7 @@ def image_metrics(scores, labels) -> dict[str, float]:
     }
 
 
-def pixel_metrics(maps, masks, fpr_limit: float = 0.3, bins: int | None = None) -> dict[str, float]:
+def pixel_metrics(maps, masks, fpr_limit: float = 0.3) -> dict[str, float]:
     """Judge anomaly maps against masks, over the pixels of all images together.
 
     Parameters
@@ -78,11 +63,9 @@ def pixel_metrics(maps, masks, fpr_limit: float = 0.3, bins: int | None = None) 
         Larger is more abnormal. A single (H, W) map will do as well.
     masks : Tensor or array of the same size, in {0, 1}
     fpr_limit : float in (0, 1]
-        Where the PRO curve stops, see `aupro`.
-    bins : int, optional
-        Round the maps to that many equal steps between their smallest and largest value: faster
-        for millions of pixels, and off by no more than `Ranking.rounding_error` says. A warning
-        tells when that is more than 0.001. Without it the metrics are exact.
+        Where the PRO curve stops. At each threshold, the overlap is the share of a defective
+        region that is found, averaged over the regions (8-connected) of all images. The area up
+        to the limit is divided by it: 1 is perfect, a constant map gets `fpr_limit / 2`.
 
     Returns
     -------
@@ -93,35 +76,22 @@ def pixel_metrics(maps, masks, fpr_limit: float = 0.3, bins: int | None = None) 
     ------
     ValueError
         Empty input, different sizes, NaN in a map, masks other than 0 and 1, a limit not in
-        (0, 1]; with bins: infinite values, fewer than 2 bins.
-    """
-    maps, masks = paired_maps(maps, masks)
-    ranking = Ranking.of(maps, masks, bins)
-    ranking.warn_if_one_sided("pixel")
-    regions = ranking.weighted(region_weights(masks))
-    if bins is not None:
-        _warn_if_coarse(ranking, regions, fpr_limit, bins)
-    return {
-        "pixel_auroc": ranking.auroc(),
-        "pixel_ap": ranking.average_precision(),
-        "pixel_f1max": ranking.f1max(),
-        "aupro": regions.auroc(fpr_limit),
-    }
-
-
-def aupro(maps, masks, fpr_limit: float = 0.3) -> float:
-    """Area under the per-region overlap curve, up to a false-positive rate.
-
-    At each threshold, the overlap is the share of a defective region that is found, averaged over
-    the regions (8-connected) of all images. The area up to `fpr_limit`, where the curve is
-    interpolated, is divided by `fpr_limit`: 1 is perfect, a constant map gets ``fpr_limit / 2``.
-
-    Parameters, errors and undefined cases are those of `pixel_metrics`.
+        (0, 1].
     """
     maps, masks = paired_maps(maps, masks)
     ranking = Ranking.of(maps, masks)
     ranking.warn_if_one_sided("pixel")
-    return ranking.weighted(region_weights(masks)).auroc(fpr_limit)
+    return {
+        "pixel_auroc": ranking.auroc(),
+        "pixel_ap": ranking.average_precision(),
+        "pixel_f1max": ranking.f1max(),
+        "aupro": ranking.weighted(region_weights(masks)).auroc(fpr_limit),
+    }
+
+
+def aupro(maps, masks, fpr_limit: float = 0.3) -> float:
+    """Area under the per-region overlap curve alone: see `pixel_metrics`."""
+    return pixel_metrics(maps, masks, fpr_limit)["aupro"]
 
 
 def region_weights(masks: np.ndarray) -> np.ndarray:
@@ -149,8 +119,6 @@ class Ranking:
 
     Attributes
     ----------
-    thresholds : array (K,)
-        Distinct scores of the positives, falling.
     hits : array (K,)
         Positives (or their weight) that score at least the threshold.
     above, at_least : array (K,)
@@ -161,66 +129,42 @@ class Ranking:
         Sorting of the positives, and the last position of each threshold in it.
     """
 
-    thresholds: np.ndarray
     hits: np.ndarray
     above: np.ndarray
     at_least: np.ndarray
     positives: float
-    negatives: int
-    order: np.ndarray
-    last: np.ndarray
+    negatives: float
+    order: np.ndarray | None = None
+    last: np.ndarray | None = None
 
     @classmethod
-    def of(cls, scores, labels, bins: int | None = None) -> Ranking:
-        """Rank scores (any shape) with labels of the same shape in {0, 1}.
-
-        With `bins`, the scores are first rounded down to one of so many equal steps between the
-        smallest and the largest; thresholds are then numbers of steps.
-        """
+    def of(cls, scores, labels) -> Ranking:
+        """Rank scores (any shape) with labels of the same shape in {0, 1}."""
         scores, labels = _scores(scores), _binary(labels, "labels")
         if scores.shape != labels.shape:
             raise ValueError(f"{scores.shape} scores do not fit {labels.shape} labels")
-        if bins is not None:
-            scores = _steps(scores, bins)
-        positive = scores[labels]
+        positive, negative = scores[labels], np.sort(scores[~labels])
         order = np.argsort(-positive)
         falling = positive[order]
         last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True)[: falling.size])
-        thresholds = falling[last]
-        if bins is None:
-            less, up_to = _count_sorted(scores[~labels], thresholds)
-        else:
-            less, up_to = _count_steps(scores, positive, thresholds, bins)
-        negatives = scores.size - positive.size
+        less, up_to = (np.searchsorted(negative, falling[last], s) for s in ("left", "right"))
         return cls(
-            thresholds=thresholds,
             hits=last + 1,
-            above=negatives - up_to,
-            at_least=negatives - less,
+            above=negative.size - up_to,
+            at_least=negative.size - less,
             positives=positive.size,
-            negatives=negatives,
+            negatives=negative.size,
             order=order,
             last=last,
         )
 
-    def rounding_error(self, fpr_limit: float = 1.0) -> dict[str, float]:
-        """How far each metric can lie from that of the same scores without their ties.
-
-        An AUROC counts a tie of a positive and a negative as half; it may be won or lost. For
-        the others, which have no weights, the best and the worst order of a tie are bounded.
-        """
-        hits, before = self.hits, np.append(0, self.hits[:-1])
-        won, tied = hits - before, self.at_least - self.above
-        value = hits / (hits + self.at_least)
-        best = hits / (hits + self.above)
-        first = before + np.minimum(won, 1)
-        worst = first / (first + self.at_least)
-        f1max = np.max(2 * hits / (hits + self.above + self.positives))
-        return {
-            "auroc": won @ tied / (2 * self.positives * self.negatives * fpr_limit),
-            "average_precision": won @ np.maximum(best - value, value - worst) / self.positives,
-            "f1max": f1max - self.f1max(),
-        }
+    @classmethod
+    def of_counts(cls, positives: np.ndarray, negatives: np.ndarray) -> Ranking:
+        """The same from how many there are at each of K scores, rising; counts may be weights."""
+        positive, negative = positives[::-1], negatives[::-1]
+        hits, found = positive.cumsum(), negative.cumsum()
+        at = positive > 0  # only the scores of positives are thresholds
+        return cls(hits[at], (found - negative)[at], found[at], positive.sum(), negative.sum())
 
     def weighted(self, weights: np.ndarray) -> Ranking:
         """Count each positive with its weight, given in the order of the labels."""
@@ -271,21 +215,20 @@ class Ranking:
     def warn_if_one_sided(self, what: str) -> None:
         """Say why a metric will be NaN."""
         if not self.positives:
-            message = f"no {what} is defective: the {what} metrics are not defined (NaN)"
+            warnings.warn(
+                f"no {what} is defective: the {what} metrics are not defined (NaN)", stacklevel=3
+            )
         elif not self.negatives:
-            message = f"no {what} is normal: areas over the false-positive rate are NaN"
-        else:
-            return
-        warnings.warn(message, stacklevel=3)
+            warnings.warn(
+                f"no {what} is normal: areas over the false-positive rate are NaN", stacklevel=3
+            )
 
     def _corners(self) -> tuple[np.ndarray, np.ndarray]:
         """Counts of false and true positives where the ROC curve bends, from (0, 0)."""
-        before = np.concatenate([[0], self.hits[:-1]])
+        before = np.append(0, self.hits[:-1])[: self.hits.size]
         false = np.stack([self.above, self.at_least], axis=1).ravel()
         true = np.stack([before, self.hits], axis=1).ravel()
-        return np.concatenate([[0], false, [self.negatives]]), np.concatenate(
-            [[0], true, [self.positives]]
-        )
+        return np.r_[0, false, self.negatives], np.r_[0, true, self.positives]
 
 
 def _array(values) -> np.ndarray:
@@ -329,51 +272,8 @@ def as_images(values) -> np.ndarray:
     return values if values.ndim == 3 else values[None]
 
 
-def _count_sorted(negative: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Negatives below each threshold, and those up to it."""
-    negative = np.sort(negative)
-    return tuple(np.searchsorted(negative, thresholds, side) for side in ("left", "right"))
-
-
-def _count_steps(
-    steps: np.ndarray, positive: np.ndarray, thresholds: np.ndarray, bins: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same for scores that are numbers of steps: no sorting, a table of counts."""
-    counts = -np.bincount(positive, minlength=bins)
-    for part in np.atleast_2d(
-        steps
-    ):  # an image at a time: bincount copies what it counts into 64 bits
-        counts += np.bincount(np.ravel(part), minlength=bins)
-    up_to = np.cumsum(counts)
-    return np.append(0, up_to)[thresholds], up_to[thresholds]
-
-
-def _steps(scores: np.ndarray, bins: int) -> np.ndarray:
-    """Number (int32) of the step, of `bins` between the smallest and the largest, of each score."""
-    if bins < 2:
-        raise ValueError(f"bins must be at least 2, got {bins}")
-    low, high = float(scores.min()), float(scores.max())
-    if not np.isfinite(high - low):
-        raise ValueError("scores or maps with infinite values cannot be put into bins")
-    scale = bins / (high - low) if high > low else 0.0
-    steps = np.empty(scores.shape, np.int32)
-    for part, out in zip(np.atleast_2d(scores), np.atleast_2d(steps), strict=True):
-        out[...] = np.minimum((part - low) * scale, bins - 1)
-    return steps
-
-
-def _warn_if_coarse(pixels: Ranking, regions: Ranking, fpr_limit: float, bins: int) -> None:
-    if pixels.positives and pixels.negatives:
-        errors = [*pixels.rounding_error().values(), regions.rounding_error(fpr_limit)["auroc"]]
-        if max(errors) > 1e-3:
-            warnings.warn(
-                f"with {bins} bins the metrics may be off by {max(errors):.2g}: take more bins, or "
-                "none for exact values",
-                stacklevel=3,
-            )
-
-
 def paired_maps(maps, masks) -> tuple[np.ndarray, np.ndarray]:
+    """Maps and masks (N, H, W), checked: of one size, without NaN, masks bool."""
     maps, masks = _scores(as_images(maps)), _binary(as_images(masks), "masks")
     if maps.shape != masks.shape:
         raise ValueError(f"maps {maps.shape} and masks {masks.shape} differ in size")

@@ -12,38 +12,37 @@ arXiv 2502.19848. Formulas O1-O4; A1-A3 and G1-G6 stand in the rooms named above
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_ref.anomalies import crop_textures
 from diffad_ref.anomaly_masked import AnomalyMaskedNetwork, anomaly_masked_loss
-from diffad_ref.backbones import ControlledUNet
-from diffad_ref.codecs import CodecConfig, build_codec, draw_latent
+from diffad_ref.checkpoints import load_shipped
+from diffad_ref.codecs import CodecConfig, build_codec
 from diffad_ref.detector import Detector, Prediction, Rate, Stage
-from diffad_ref.diffusion import (
-    Schedule,
-    add_noise,
-    ddim_times,
-    ddim_walk,
-    draw_noise,
-    draw_times,
-    implied_noise,
-)
-from diffad_ref.features import PatchFeatures, ResNetFeatures
-from diffad_ref.maps import feature_distance, gaussian_filter
-from diffad_ref.nsa import Pasting, paste
-from diffad_ref.stable_diffusion import start_from_stable_diffusion
-from diffad_ref.texture_sources import texture_bank
+from diffad_ref.diffusion import Draw, Schedule, add_noise, ddim_times, ddim_walk, implied_noise
+from diffad_ref.maps import PatchFeatures, ResNetFeatures, feature_distance, gaussian_filter
+from diffad_ref.networks import stable_diffusion
 
 # ---------------------------------------------------------------------------------------- config
 
-
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PHOTOGRAPHS = "photographs"  # the tiny profile's stand-in for it: shipped, trained on photographs
+
+
+@dataclass(frozen=True)
+class Pasting:
+    """How patches are pasted; the defaults are those of One-for-More."""
+
+    share: float = 0.5  # of images that get any patch
+    most: int = 4  # patches an image; the first always, each further one with p = 0.5
+    size: tuple[float, float] = (0.03, 0.4)  # half-width of a patch, as a share of the side
+    scale: tuple[float, float] = (0.7, 1.3)  # by which it is resized
+    from_others: bool = True  # from another image of the batch, or from the image itself
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,7 @@ class Config:
 
     image_size: int = 256  # pixels
     start: str | None = STABLE_DIFFUSION  # a name, a folder, PHOTOGRAPHS; None: from scratch
-    codec: CodecConfig = field(
-        default_factory=lambda: CodecConfig(pretrained=STABLE_DIFFUSION, subfolder="vae")
-    )
+    codec: CodecConfig = CodecConfig(pretrained=STABLE_DIFFUSION, subfolder="vae")
     # U-Net: Stable Diffusion 1.5.
     width: int = 320
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
@@ -62,7 +59,6 @@ class Config:
     heads: int = 8  # at every level
     prompt: tuple[int, int] = (77, 768)  # tokens and channels of the empty prompt's embedding
     norm_groups: int = 32
-    predicts: str = "noise"  # what the U-Net puts out: "noise" (paper) or the clean "latent"
     # Anomaly-masked network.
     condition_layers: int = 8
     condition_heads: int = 8
@@ -72,7 +68,7 @@ class Config:
     condition_channels: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256)
     condition_strides: tuple[int, ...] = (1, 1, 2, 1, 2, 1, 2, 1)
     masked_weight: float = 1.0  # of the anomaly-masked loss
-    pasting: Pasting = field(default_factory=Pasting)
+    pasting: Pasting = Pasting()
     # Diffusion.
     schedule: str = "scaled_linear"
     steps: int = 1000  # T
@@ -80,20 +76,15 @@ class Config:
     level: int | None = None  # to which z is noised; None: the walk's first. Released: 999
     end_clean: bool = True  # end at the estimate itself; released: at the schedule's first level
     # Comparison.
-    features: str = "resnet50"  # or "patches"
     stages_compared: tuple[int, ...] = (1, 2, 3)  # of the ResNet
     sigma: float = 5.0  # pixels, of the map's smoothing
     # One task: 500 epochs of some 1,000 images.
     stages: tuple[Stage, ...] = (
-        Stage(
-            "task",
-            40_000,
-            12,
-            {"unet": Rate(1e-5), "condition": Rate(1e-5)},
-            optimizer="adamw",
-            weight_decay=1e-2,
-        ),
+        Stage("task", 40_000, 12, dict.fromkeys(("unet", "condition"), Rate(1e-5)), "adamw", 1e-2),
     )
+    # Only for tiny; the paper has the defaults.
+    predicts: str = "noise"  # or the clean "latent": few channels cannot carry noise
+    features: str = "resnet50"  # or "patches": principal components, learned in a second
 
     @classmethod
     def paper(cls, **changes) -> Config:
@@ -103,6 +94,7 @@ class Config:
     @classmethod
     def tiny(cls, image_size: int = 64, **changes) -> Config:
         """Two CPU cores: latents of 4 x 4 patches, 0.5 M parameters in all."""
+        parts = dict.fromkeys(("unet", "condition"), Rate(2e-3, "cosine", warmup=50))
         tiny = cls(
             image_size=image_size,
             start=PHOTOGRAPHS,
@@ -113,90 +105,191 @@ class Config:
             heads=1,
             prompt=(1, 8),
             norm_groups=8,
-            predicts="latent",  # few channels cannot carry noise
-            walk=2,  # starts at t = 501: a small network cannot paint all from 901
             condition_layers=2,
             condition_heads=1,
             feed_forward=48,
             dropout=0.0,
             condition_channels=(12, 12, 24, 24, 32, 32, 32),
             condition_strides=(1, 1, 2, 1, 2, 1, 1, 1),
-            features="patches",
+            walk=2,  # starts at t = 501: a small network cannot paint all from 901
             sigma=2.0,
-            stages=(
-                Stage(
-                    "task",
-                    5000,
-                    16,
-                    {"unet": Rate(2e-3, "cosine", 50), "condition": Rate(2e-3, "cosine", 50)},
-                    optimizer="adamw",
-                    weight_decay=1e-4,
-                    clip=1.0,
-                ),
-            ),
+            stages=(Stage("task", 5000, 16, parts, "adamw", weight_decay=1e-4, clip=1.0),),
+            predicts="latent",
+            features="patches",
         )
         return replace(tiny, **changes)
+
+
+# ----------------------------------------------------------------------------------------- U-Net
+
+
+class ControlledUNet(nn.Module):
+    """Stable Diffusion's U-Net, at any size, with condition features and a constant prompt.
+
+    Parameters
+    ----------
+    channels : int
+        Of input and output: those of a latent.
+    width, multipliers, blocks, norm_groups
+        As in `networks.adm_unet`.
+    heads : int
+        Attention heads at every level.
+    prompt : (int, int)
+        Tokens and channels of the text embedding. It is that of the empty prompt throughout, so
+        it is a constant; zeros until it is set, which switches the text's influence off.
+    attention_levels : tuple of int, optional
+        Levels with attention; by default all but the last, as in Stable Diffusion.
+    """
+
+    def __init__(
+        self,
+        channels: int = 4,
+        width: int = 320,
+        multipliers: tuple[int, ...] = (1, 2, 4, 4),
+        blocks: int = 2,
+        heads: int = 8,
+        prompt: tuple[int, int] = (77, 768),
+        norm_groups: int = 32,
+        attention_levels: tuple[int, ...] | None = None,
+    ):
+        from diffusers import UNet2DConditionModel  # takes longer to load than all else
+
+        super().__init__()
+        levels = range(len(multipliers))
+        attends = levels[:-1] if attention_levels is None else attention_levels
+        kinds = ["CrossAttn" if level in attends else "" for level in levels]
+        self.unet = UNet2DConditionModel(
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(width * m for m in multipliers),
+            layers_per_block=blocks,
+            down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+            up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+            attention_head_dim=heads,  # called so, but it is their number
+            cross_attention_dim=prompt[1],
+            norm_num_groups=norm_groups,
+        )
+        self.register_buffer("prompt", torch.zeros(1, *prompt))
+
+    def forward(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Output (B, C, h, w) for latents z, time steps t (B,) and features (B, width, h, w).
+
+        The condition is added right after the first convolution, before anything branches off.
+        """
+
+        def add(module, inputs, output):
+            return output if condition is None else output + condition
+
+        hook = self.unet.conv_in.register_forward_hook(add)
+        try:
+            return self.unet(z, t, self.prompt.expand(len(z), -1, -1)).sample
+        finally:
+            hook.remove()
+
+
+def learns(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a weight of the U-Net is trained: those of convolutions, projections, attention.
+
+    Biases, normalisations and the layers of the time embedding stay as they are.
+    """
+    return name.endswith("weight") and parameter.ndim > 1 and "time_emb" not in name
+
+
+# ------------------------------------------------------------------- natural synthetic anomalies
+# A pasted rectangle is found by its edges. Poisson blending keeps the gradients of the patch and
+# takes the colours from around it, so that only its content is wrong (Schlüter et al., ECCV 2022).
+
+
+def paste(images: Tensor, settings: Pasting, generator: torch.Generator) -> Tensor:
+    """Paste blended patches into some images (B, 3, H, W), in [0, 1], of a batch."""
+    rng = np.random.default_rng(Draw(generator).integers(0, 2**62).item())
+    pixels = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    changed = images.clone()
+    for i in range(len(pixels)):  # blending solves an equation for each patch, on the CPU
+        if rng.random() >= settings.share:
+            continue
+        other = i
+        if settings.from_others and len(pixels) > 1:
+            other = (i + rng.integers(1, len(pixels))) % len(pixels)
+        result = pixels[i]
+        for number in range(settings.most):
+            if number and rng.random() < 0.5:
+                break
+            result = paste_patch(result, pixels[other], settings, rng)
+        changed[i] = torch.from_numpy(result).permute(2, 0, 1) / 255
+    return changed
+
+
+def paste_patch(image: np.ndarray, source: np.ndarray, settings: Pasting, rng) -> np.ndarray:
+    """Cut a rectangle from the source, resize it, and blend it in somewhere else.
+
+    Both are uint8 (H, W, 3); `rng` is a `numpy.random.Generator`.
+    """
+    side = np.array(image.shape[:2])
+    half = np.clip(rng.uniform(*settings.size, 2) * side, 2, side // 2 - 2).astype(int)
+    top, left = rng.integers(half, side - half) - half
+    patch = source[top : top + 2 * half[0], left : left + 2 * half[1]]
+    new = (2 * half * rng.uniform(*settings.scale)).astype(int)
+    new = np.clip(new, 6, side - 4)  # less is nothing to blend; more has no ground around it
+    patch = cv2.resize(patch, (int(new[1]), int(new[0])))
+    reach = (new + 1) // 2 + 1
+    y, x = rng.integers(reach, side - reach + 1)
+    inside = np.full(patch.shape[:2], 255, np.uint8)
+    return cv2.seamlessClone(patch, image, inside, (int(x), int(y)), cv2.NORMAL_CLONE)
 
 
 # -------------------------------------------------------------------------------------- detector
 
 
 class OneForMore(Detector):
-    """The continual diffusion detector; `continual.fit_continual` trains it task by task.
-
-    Parameters
-    ----------
-    config : OneForMore.Config
-        `Config.tiny()` or `Config.paper()`.
-    """
+    """The continual diffusion detector; `continual.fit_continual` trains it task by task."""
 
     Config = Config
 
     def __init__(self, config: Config | None = None):
-        super().__init__()
-        self.config = config = config or Config.paper()
-        _check(config)
-        self.schedule = Schedule.named(config.schedule, config.steps)
-        self.codec = build_codec(config.codec)
-        self.unet = ControlledUNet(
-            config.codec.channels,
-            config.width,
-            config.multipliers,
-            config.blocks,
-            config.heads,
-            config.prompt,
-            config.norm_groups,
-        )
-        self.condition = AnomalyMaskedNetwork(
-            config.width,
-            config.condition_layers,
-            config.condition_heads,
-            config.feed_forward,
-            config.dropout,
-            config.window,
-            config.condition_channels,
-            config.condition_strides,
-        )
-        if config.features == "resnet50":
-            self.extractor = ResNetFeatures(config.stages_compared)
-        else:
-            self.extractor = PatchFeatures()
-        self.stages = config.stages
+        super().__init__(config)
+        c = self.config
+        _check(c)
+        self.schedule = Schedule.named(c.schedule, c.steps)
+        self.codec = build_codec(c.codec)
+        size = c.width, c.multipliers, c.blocks, c.heads, c.prompt, c.norm_groups
+        self.unet = ControlledUNet(c.codec.channels, *size)
+        layers = c.condition_layers, c.condition_heads, c.feed_forward, c.dropout, c.window
+        shape = c.condition_channels, c.condition_strides
+        self.condition = AnomalyMaskedNetwork(c.width, *layers, *shape)
+        patches = c.features == "patches"
+        self.extractor = PatchFeatures() if patches else ResNetFeatures(c.stages_compared)
         self.enter(self.stages[-1])
-        if config.start == PHOTOGRAPHS:
-            start_from_photographs(self)
 
+    @torch.no_grad()
     def prepare(self, dataset) -> None:
-        """Load or learn what comes before all tasks: from photographs, never from their data."""
-        if self.config.start not in (None, PHOTOGRAPHS) and not self.unet.prompt.any():
-            start_from_stable_diffusion(self.unet, self.config.start)
-        size = self.config.image_size
-        learns_codec = self.config.codec.kind == "pca"
-        self.codec.prepare([{"image": x} for x in photographs(size)] if learns_codec else None)
-        if isinstance(self.extractor, PatchFeatures):
-            self.extractor.prepare(photographs(size).to(self.device))
-        else:
-            self.extractor.prepare()
+        """Load what comes before all tasks; from scratch, learn codec and features from `dataset`.
+
+        Raises FileNotFoundError for weights that cannot be had, ValueError for such as do not fit.
+        """
+        if self.codec.is_ready():
+            return  # a later task
+        start = self.config.start
+        if start == PHOTOGRAPHS:
+            load_shipped(self, "one_for_more_photographs")
+        elif start is not None:
+            weights, prompt = stable_diffusion(start)
+            if prompt.shape != self.unet.prompt.shape:
+                raise ValueError(
+                    f"the prompt of {start!r} has {tuple(prompt.shape[1:])} tokens and channels, "
+                    f"the U-Net was built for {self.config.prompt}"
+                )
+            try:
+                self.unet.unet.load_state_dict(weights)
+            except RuntimeError as error:  # names are missing, or shapes differ
+                raise ValueError(f"the U-Net of {start!r} is another: {error}") from error
+            self.unet.prompt.copy_(prompt)
+        self.codec.prepare(dataset)
+        images = None
+        if self.config.features == "patches":
+            some = range(0, len(dataset), max(1, len(dataset) // 1000))
+            images = torch.stack([dataset[i]["image"] for i in some]).to(self.device)
+        self.extractor.prepare(images)
 
     def enter(self, stage: Stage) -> None:
         """Besides the parts, freeze what a U-Net that has learned before keeps: see `learns`."""
@@ -205,53 +298,34 @@ class OneForMore(Detector):
             for name, parameter in self.unet.named_parameters():
                 parameter.requires_grad_(learns(name, parameter))
 
-    def training_loss(self, batch, generator=None):
+    def training_loss(self, batch, generator):
         """Scalars "loss", "noise" and "masked" for a batch of normal images (O1)."""
-        x = batch["image"]
-        self.check(x)
-        generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        x, draw = batch["image"], Draw(generator, batch["image"].device)
         with torch.no_grad():
-            x_tilde, _ = paste(x, self.config.pasting, generator)
-            z_0 = draw_latent(self.codec.posterior(x * 2 - 1), generator)
-            eps = draw_noise(z_0, generator)
-            t = draw_times((0, len(self.schedule)), x, generator)
+            x_tilde = paste(x, self.config.pasting, generator)
+            z_0 = self.codec.sample(x, generator)
+            eps = draw.normal(*z_0.shape)
+            t = draw.integers(0, len(self.schedule), len(x))
             z_t = add_noise(z_0, eps, self.schedule.at(t))
-        condition = self.condition(x_tilde)  # A2
-        clean = self.condition.features(x)
-        losses = {
-            "noise": self._error(z_t, t, condition, z_0, eps),
-            "masked": self.config.masked_weight * anomaly_masked_loss(condition, clean),  # A3
-        }
-        return {"loss": sum(losses.values()), **losses}  # O1
+        f = self.condition(x_tilde)  # A2
+        output = self.unet(z_t, t, f).float()
+        target = {"noise": eps, "latent": z_0}[self.config.predicts]
+        noise = F.mse_loss(output, target)
+        masked = anomaly_masked_loss(f, self.condition.features(x))  # A3
+        total = noise + self.config.masked_weight * masked  # O1
+        return {"loss": total, "noise": noise, "masked": masked}
 
-    def _error(self, z_t, t, condition, z_0, eps) -> Tensor:
-        """Squared error of what the U-Net predicts."""
-        output = self.unet(z_t, t, condition).float()
-        return F.mse_loss(output, {"noise": eps, "latent": z_0}[self.config.predicts])
-
-    @torch.no_grad()
-    def predict(self, images, category_index=None, generator=None):
-        """Anomaly map, score and reconstruction of images (B, 3, H, W) in [0, 1].
-
-        One model judges every category, so `category_index` is not looked at. Without a
-        generator the noise comes from seed 0.
-        """
-        self.check(images)
-        generator = generator or torch.Generator().manual_seed(0)
-        x = images.to(self.device)
-        z_0 = self.codec.encode(x * 2 - 1)
+    def judge(self, x, category_index, generator):
+        """Rebuild and compare; one model judges every category."""
+        z_0 = self.codec.encode(x)
         z_hat = self.reconstruct(x, z_0, generator)[-1]
-        decoded, rebuilt = (self.codec.picture(self.codec.decode(z), x) for z in (z_0, z_hat))
+        decoded, rebuilt = (self.codec.picture(self.codec.decode(z)) for z in (z_0, z_hat))
         anomaly_map = self.compare(decoded, rebuilt)
-        return Prediction(
-            anomaly_map=anomaly_map,
-            score=anomaly_map.flatten(1).amax(1),  # O4
-            reconstruction=rebuilt,
-            parts={"decoded": decoded},
-        )
+        score = anomaly_map.flatten(1).amax(1)  # O4
+        return Prediction(anomaly_map, score, rebuilt, {"decoded": decoded})
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor, z_0: Tensor, generator, level: int | None = None) -> list:
+    def reconstruct(self, x: Tensor, z_0: Tensor, generator, walk: int | None = None) -> list:
         """Latents (B, C, h, w) after each step of the walk back from almost pure noise (O2).
 
         Parameters
@@ -260,78 +334,43 @@ class OneForMore(Detector):
             The image that the condition describes.
         z_0 : Tensor (B, C, h, w)
             Its latent.
-        level : int, optional
-            Time step to whose noise it is taken, instead of the config's.
+        walk : int, optional
+            Steps, instead of the config's.
         """
-        config, times = self.config, ddim_times(len(self.schedule), self.config.walk)
-        level = config.level if level is None else level
-        t = torch.full((len(z_0),), times[0] if level is None else level, device=z_0.device)
-        z_t = add_noise(z_0, draw_noise(z_0, generator), self.schedule.at(t))
+        config = self.config
+        times = ddim_times(len(self.schedule), walk or config.walk)
+        level = times[0] if config.level is None else config.level
+        t = torch.full((len(z_0),), level, device=z_0.device)
+        eps = Draw(generator, z_0.device).normal(*z_0.shape)
         # The condition stays the same all the way. Guidance between two equal conditions, which
         # the released code computes, changes nothing and is left out.
-        condition = self.condition(x)
+        f = self.condition(x)  # A2
         end = 1.0 if config.end_clean else self.schedule.abar[0].item()
-        states, _ = ddim_walk(
-            lambda z, t: self.noise(z, t, condition), z_t, self.schedule, times, end
-        )  # O2
-        return states
+        z_t = add_noise(z_0, eps, self.schedule.at(t))
+        return ddim_walk(lambda z, t: self.noise(z, t, f), z_t, self.schedule, times, end)[0]  # O2
 
-    def noise(self, z_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def noise(self, z_t: Tensor, t: Tensor, f: Tensor) -> Tensor:
         """The noise (B, C, h, w) that the U-Net sees in latents at time steps t (B,)."""
-        output = self.unet(z_t, t, condition)
+        output = self.unet(z_t, t, f)
         if self.config.predicts == "noise":
             return output
         return implied_noise(z_t, output, self.schedule.at(t))
 
     @torch.no_grad()
     def compare(self, decoded: Tensor, rebuilt: Tensor) -> Tensor:
-        """Map (B, H, W) of where two images (B, 3, H, W) in [0, 1] have other features."""
+        """Map (B, H, W) of where two images (B, 3, H, W) in [0, 1] have other features (O3)."""
         features = (self.extractor(x) for x in (decoded, rebuilt))
-        return gaussian_filter(
-            feature_distance(*features, self.config.image_size), self.config.sigma
-        )  # O3
-
-
-@lru_cache(maxsize=1)
-def photographs(size: int, count: int = 1000) -> Tensor:
-    """Crops (count, 3, size, size) of the built-in photographs, in [0, 1]; no product is on any."""
-    return crop_textures(texture_bank(), count, size, torch.Generator().manual_seed(0))
-
-
-def start_from_photographs(detector: OneForMore) -> None:
-    """Begin where the shipped network ended, which has learned to paint from photographs alone.
-
-    What Stable Diffusion is to the paper's network. It does not fit other networks than the tiny
-    profile's: ValueError.
-    """
-    from diffad_ref.checkpoints import SHIPPED, load_weights, read_tensors  # which knows this class
-
-    path = SHIPPED / "one_for_more_photographs.safetensors"
-    try:
-        load_weights(detector, read_tensors(path), path)
-    except ValueError as error:
-        raise ValueError(f"{error}; start=None begins from scratch at any size") from error
-
-
-def learns(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a weight of the U-Net is trained: those of convolutions, projections, attention.
-
-    Biases, normalisations and the layers of the time embedding stay as they are.
-    """
-    return (
-        name.endswith("weight")
-        and parameter.ndim > 1
-        and "time_emb" not in name  # time_embedding and each block's time_emb_proj
-    )
+        distance = feature_distance(*features, self.config.image_size)
+        return gaussian_filter(distance, self.config.sigma)
 
 
 def _check(config: Config) -> None:
     """The condition must fit the U-Net's first features, and the latent its levels."""
-    factor = config.codec.factor
-    if math.prod(config.condition_strides) != factor:
+    factor, strides = config.codec.factor, math.prod(config.condition_strides)
+    if strides != factor:
         raise ValueError(
-            f"the condition is 1/{math.prod(config.condition_strides)} of the image, latents are "
-            f"1/{factor}: choose condition_strides whose product is {factor}"
+            f"the condition is 1/{strides} of the image, latents are 1/{factor}: choose "
+            f"condition_strides whose product is {factor}"
         )
     multiple = factor * 2 ** (len(config.multipliers) - 1)
     if config.image_size % multiple:
@@ -341,7 +380,6 @@ def _check(config: Config) -> None:
             f"a walk of {config.walk} steps would start outside of the schedule's {config.steps}: "
             "choose a number that divides it"
         )
-    if config.features not in ("resnet50", "patches"):
-        raise ValueError(f"features are 'resnet50' or 'patches', not {config.features!r}")
-    if config.predicts not in ("noise", "latent"):
-        raise ValueError(f"predicts is 'noise' or 'latent', not {config.predicts!r}")
+    for name, known in (("features", ("resnet50", "patches")), ("predicts", ("noise", "latent"))):
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} is one of {known}, not {getattr(config, name)!r}")

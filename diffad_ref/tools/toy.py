@@ -21,7 +21,7 @@ from scipy import ndimage
 from skimage import data as photographs
 from tqdm.auto import tqdm
 
-from diffad_ref.toy_objects import OBJECTS
+from diffad_ref.tools.toy_objects import OBJECTS
 
 KINDS = {
     "board": ("bent", "missing", "stain"),

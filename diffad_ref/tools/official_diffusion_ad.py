@@ -10,13 +10,12 @@ import os
 import re
 from dataclasses import dataclass
 
-from diffusers import UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffad_ref.backbones import adm_unet
 from diffad_ref.checkpoints import load_weights
 from diffad_ref.diffusion_ad import Config, DiffusionAD
-from diffad_ref.foreign_pickles import read_foreign, weights_under
+from diffad_ref.networks import adm_unet
+from diffad_ref.tools.foreign_pickles import read_foreign, weights_under
 
 UNET_KEY, SEGMENTER_KEY = "unet_model_state_dict", "seg_model_state_dict"
 
@@ -137,7 +136,7 @@ def _config(unet: dict[str, Tensor], segmenter: dict[str, Tensor]) -> Config:
 # --------------------------------------------------------------------------------------- networks
 
 
-def unet_from_settings(settings: dict) -> UNet2DModel:
+def unet_from_settings(settings: dict) -> nn.Module:
     """Build the U-Net that constructor settings of the released code describe.
 
     Parameters

@@ -1,4 +1,4 @@
-"""How the released codes compute their metrics, to compare numbers like with like.
+"""How the papers measure: their released metrics, and their tasks for continual learning.
 
 `metrics` holds what the names promise. These are not: each says what it does differently.
 """
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from scipy.integrate import trapezoid
 
+from diffad_ref.diffusion_ad import top_k_mean
 from diffad_ref.metrics import (
     EIGHT_NEIGHBOURS,
     Ranking,
@@ -21,7 +22,6 @@ from diffad_ref.metrics import (
     image_metrics,
     paired_maps,
     pixel_metrics,
-    top_k_mean,
 )
 
 # ------------------------------------------------------------------------------------ DiffusionAD
@@ -220,10 +220,11 @@ def sampled_aupr(scores, labels, steps: int = 200) -> float:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a released code makes the seven metrics of maps.
+    """How a released code makes the seven metrics of maps; for `evaluate(..., protocol=...)`.
 
     Attributes
     ----------
+    name : str
     score : callable
         Image scores (N,) of maps (N, H, W), for the AUROC.
     aupro : callable
@@ -234,12 +235,13 @@ class Protocol:
         An AUROC below 0.5 is replaced by 1 minus itself.
     """
 
+    name: str
     score: Callable
     aupro: Callable
     other_score: Callable | None = None
     folded: bool = False
 
-    def image_metrics(self, maps, labels) -> dict[str, float]:
+    def image_metrics(self, maps, scores, labels) -> dict[str, float]:
         """As `metrics.image_metrics`, but of maps; what the detector scored is not looked at."""
         maps = as_images(maps)
         found = image_metrics(self.score(maps), labels)
@@ -263,9 +265,12 @@ def _largest(maps: np.ndarray) -> np.ndarray:
 
 
 PROTOCOLS = {
-    "diffusion_ad": Protocol(top_k_mean, aupro_diffusion_ad),
-    "deco_diff": Protocol(_largest, aupro_deco_diff),
-    "one_for_more": Protocol(_largest, aupro_deco_diff, pooled_score, folded=True),
+    p.name: p
+    for p in (
+        Protocol("diffusion_ad", top_k_mean, aupro_diffusion_ad),
+        Protocol("deco_diff", _largest, aupro_deco_diff),
+        Protocol("one_for_more", _largest, aupro_deco_diff, pooled_score, folded=True),
+    )
 }
 
 
@@ -283,3 +288,29 @@ def _check_contrast(maps: np.ndarray, masks: np.ndarray) -> None:
         raise ValueError(
             "this protocol needs defective and normal pixels and finite maps that vary"
         )
+
+
+# -------------------------------------------------------------------------------------- tasks
+
+_MVTEC = (
+    *("bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut"),
+    *("pill", "screw", "tile", "toothbrush", "transistor", "wood", "zipper"),
+)
+_LATE = ("tile", "toothbrush", "transistor", "wood", "zipper")
+_EARLY = tuple(name for name in _MVTEC if name not in _LATE)
+_VISA = (
+    *("candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2"),
+    *("pcb1", "pcb2", "pcb3", "pcb4", "pipe_fryum"),
+)
+
+# The settings of the paper: which classes come in which task; and three tasks of the toy factory.
+ORDERS = {
+    "mvtec 14-1": (_MVTEC[:-1], _MVTEC[-1:]),
+    "mvtec 10-5": (_EARLY, _LATE),
+    "mvtec 3x5": tuple(_MVTEC[i : i + 3] for i in range(0, 15, 3)),
+    "mvtec 10-1x5": (_EARLY, *((name,) for name in _LATE)),
+    "visa 11-1": (_VISA[:-1], _VISA[-1:]),
+    "visa 8-4": (_VISA[:8], _VISA[8:]),
+    "visa 8-1x4": (_VISA[:8], *((name,) for name in _VISA[8:])),
+    "toy": (("board", "brick"), ("capsule", "grass"), ("gear", "gravel")),
+}

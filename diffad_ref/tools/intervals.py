@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap")
+from diffad_ref.evaluation import Report
+from diffad_ref.metrics import Ranking
 
 
 def intervals(
-    report, draws: int = 1000, level: float = 0.95, seed: int = 0, bins: int = 1000
+    report: Report, draws: int = 1000, level: float = 0.95, seed: int = 0, bins: int = 1000
 ) -> dict[str, list[float]]:
     """Confidence intervals of a report's means over its categories.
 
@@ -40,10 +41,9 @@ def intervals(
     if report.maps is None:
         raise ValueError("the report has no maps: they are not saved, evaluate again")
     rng, found = np.random.default_rng(seed), {}
-    category = np.array([image["category"] for image in report.images])
-    score = np.array([image["score"] for image in report.images])
-    bad = np.array([image["label"] for image in report.images]) == 1
-    for name in sorted(set(category.tolist())):
+    category = report.images["category"].to_numpy()
+    score, bad = report.images["score"].to_numpy(), report.images["label"].to_numpy() == 1
+    for name in sorted(set(category)):
         mine = category == name
         times = _draw(bad[mine], draws, rng)  # (draws, images)
         for metric, values in _judge(
@@ -72,8 +72,8 @@ def _judge(score, bad, maps: Tensor, masks: Tensor, times, bins: int) -> dict[st
     if bad.any() and not bad.all():
         _, place = np.unique(score, return_inverse=True)
         own = np.eye(place.max() + 1)[place]  # (images, places): where each image's score stands
-        areas = _areas(times @ (own * bad[:, None]), times @ (own * ~bad[:, None]))
-        found |= dict(zip(("image_auroc", "image_ap"), areas, strict=True))
+        counts = times @ (own * bad[:, None]), times @ (own * ~bad[:, None])
+        found |= dict(zip(("image_auroc", "image_ap"), _areas(*counts), strict=True))
     maps, masks = maps.flatten(1).numpy(), masks.flatten(1).numpy()
     known = ~bad | masks.any(1)  # pixel metrics leave out images whose mask is missing
     if masks.any() and not masks.all():
@@ -95,10 +95,7 @@ def _judge(score, bad, maps: Tensor, masks: Tensor, times, bins: int) -> dict[st
 
 
 def _areas(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision from counts (draws, places), places rising."""
-    positive, negative = positive[:, ::-1], negative[:, ::-1]  # the most abnormal first
-    hits, alarms = positive.cumsum(1), negative.cumsum(1)
-    ordered = positive * (negative.sum(1, keepdims=True) - alarms + negative / 2)
-    auroc = ordered.sum(1) / (positive.sum(1) * negative.sum(1))
-    precision = hits / np.maximum(hits + alarms, 1)
-    return auroc, (positive * precision).sum(1) / positive.sum(1)
+    """AUROC and average precision (draws,) from counts (draws, places), places rising."""
+    rankings = [Ranking.of_counts(*counts) for counts in zip(positive, negative, strict=True)]
+    found = [(ranking.auroc(), ranking.average_precision()) for ranking in rankings]
+    return tuple(np.array(found).T)

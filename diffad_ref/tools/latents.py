@@ -1,7 +1,8 @@
-"""Latents computed once: a frozen codec gives the same answer in every epoch.
+"""Latents computed once, any autoencoder as a codec, and what a codec loses.
 
-The codec of the paper costs more than the network that is trained on its latents. So they are
-computed once and kept in one file, with a fingerprint of everything that they depend on.
+The codec of the papers costs more than the network that is trained on its latents, and it gives
+the same answer in every epoch. So latents are computed once and kept in one file, with a
+fingerprint of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from diffad_ref.checkpoints import read_metadata, read_tensors, write_tensors
-from diffad_ref.codecs import Codec
+from diffad_ref.codecs import Codec, CodecConfig
 from diffad_ref.data import AnomalyFolder
+from diffad_ref.networks import load_part
 
 
 class CachedLatents(Dataset):
@@ -102,7 +104,35 @@ def _posteriors(dataset, codec: Codec, batch_size: int, progress: bool) -> torch
     batches = DataLoader(dataset, batch_size)
     return torch.cat(
         [
-            codec.posterior(batch["image"].to(device) * 2 - 1).cpu()
+            codec.posterior(batch["image"].to(device)).cpu()
             for batch in tqdm(batches, "latents", disable=not progress)
         ]
     )
+
+
+def codec_config_of(source: str | os.PathLike, subfolder: str = "") -> CodecConfig:
+    """The config of any autoencoder, by its name on the hub or from a local folder."""
+    from diffusers import AutoencoderKL
+
+    vae = load_part(AutoencoderKL, source, subfolder, "autoencoder").config
+    return CodecConfig(
+        channels=vae.latent_channels,
+        factor=2 ** (len(vae.block_out_channels) - 1),
+        pretrained=str(source),
+        subfolder=subfolder,
+        widths=tuple(vae.block_out_channels),
+        layers=vae.layers_per_block,
+        norm_groups=vae.norm_num_groups,
+        scale=vae.scaling_factor,
+    )
+
+
+@torch.no_grad()
+def rebuild(codec: Codec, dataset, batch_size: int = 32, progress: bool = True) -> float:
+    """PSNR in dB of what the codec rebuilds, over all pixels of a data set."""
+    errors, device = [], next(codec.buffers()).device
+    for batch in tqdm(DataLoader(dataset, batch_size), "rebuild", disable=not progress):
+        x = batch["image"].to(device)
+        error = x - codec.picture(codec.decode(codec.encode(x)))
+        errors.append(error.square().mean((1, 2, 3)))
+    return -10 * torch.cat(errors).mean().log10().item()

@@ -1,10 +1,13 @@
-"""Two honest baselines: what can be had without a diffusion model.
+"""Honest rivals: what can be had without a diffusion model, and without its reconstruction.
 
 `Template` asks how far a pixel lies from its usual value, `PCA` whether a few principal pictures
-can rebuild the image. A method that does not beat them has not earned its cost.
+can rebuild the image. A method that does not beat them has not earned its cost. `SegmentationOnly`
+is DiffusionAD's ablation: the comparison with nothing to compare with.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from sklearn.decomposition import PCA as SklearnPCA
@@ -12,11 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from diffad_ref.detector import Prediction, class_indices
-from diffad_ref.images import check_images
-from diffad_ref.light import adapted, unadapted
-from diffad_ref.masking import visibility
-from diffad_ref.metrics import top_k_mean
+from diffad_ref.detector import Prediction, check_images
+from diffad_ref.diffusion_ad import Config, DiffusionAD, top_k_mean
 
 
 class Baseline(nn.Module):
@@ -26,18 +26,9 @@ class Baseline(nn.Module):
     that only the maps differ. Parameters are those of the subclasses.
     """
 
-    def __init__(
-        self,
-        per_category: bool = True,
-        sigma: float = 1.0,
-        adapt: bool = False,
-        masking: float = 0.0,
-    ):
+    def __init__(self, per_category: bool = True, sigma: float = 1.0):
         super().__init__()
-        self.per_category = per_category
-        self.sigma = sigma
-        self.adapt = adapt
-        self.masking = masking
+        self.per_category, self.sigma = per_category, sigma
         self.categories: tuple[str, ...] = ()
         self.register_buffer("mean", None)
 
@@ -63,7 +54,7 @@ class Baseline(nn.Module):
         if len(dataset) == 0:
             raise ValueError("the data set is empty: there is nothing to learn from")
         batches = list(DataLoader(dataset, batch_size=64))
-        images = self._seen(torch.cat([batch["image"] for batch in batches]))
+        images = torch.cat([batch["image"] for batch in batches])
         if any(batch["label"].any() for batch in batches):
             raise ValueError("baselines learn from good images only; use the train split")
         names = [name for batch in batches for name in batch["category"]]
@@ -100,24 +91,23 @@ class Baseline(nn.Module):
                 f"fitted on images {tuple(self.mean.shape[1:])}, got {tuple(images.shape[1:])}"
             )
         group = self._group(len(images), category_index)
-        x = self._seen(images)
-        normal = self._rebuild(x, group)
-        visible = visibility(2 * normal - 1, self.masking)
-        anomaly = self._difference(visible * x, visible * normal, group)
-        normal = unadapted(normal.clamp(0, 1), images) if self.adapt else normal
+        normal = self._rebuild(images, group)
+        anomaly = self._difference(images, normal, group)
         size = 2 * round(4 * self.sigma) + 1
         anomaly = gaussian_blur(anomaly[:, None], [size, size], [self.sigma, self.sigma])[:, 0]
         return Prediction(anomaly, top_k_mean(anomaly, k=50), normal.clamp(0, 1))
-
-    def _seen(self, images: Tensor) -> Tensor:
-        return adapted(images) if self.adapt else images
 
     def _group(self, count: int, category_index: Tensor | None) -> Tensor:
         """Which of the fitted groups each image belongs to."""
         if not self.per_category:
             return torch.zeros(count, dtype=torch.long, device=self.device)
-        known = len(self.categories)
-        return class_indices(category_index, count, known, self.categories, self.device)
+        known, wanted = len(self.categories), f"{count} indices of {list(self.categories)}"
+        if category_index is None:
+            raise ValueError(f"say which category each image is of (category_index): {wanted}")
+        index = torch.as_tensor(category_index, device=self.device)
+        if index.shape != (count,) or not ((index >= 0) & (index < known)).all():
+            raise ValueError(f"expected {wanted}, got {index.tolist()}")
+        return index.long()
 
 
 class Template(Baseline):
@@ -134,24 +124,12 @@ class Template(Baseline):
         One template for each category; else one for all images.
     sigma : float
         Width in pixels of the Gaussian that smooths the map.
-    adapt : bool
-        See images as an eye that has adapted to their brightness (`diffad_ref.light`).
-    masking : float
-        Contrast, of images in [-1, 1], at which a difference counts half (`diffad_ref.masking`);
-        0 masks nothing.
     """
 
     _learned = ("mean", "std")
 
-    def __init__(
-        self,
-        eps: float = 0.05,
-        per_category: bool = True,
-        sigma: float = 1.0,
-        adapt: bool = False,
-        masking: float = 0.0,
-    ):
-        super().__init__(per_category, sigma, adapt, masking)
+    def __init__(self, eps: float = 0.05, per_category: bool = True, sigma: float = 1.0):
+        super().__init__(per_category, sigma)
         self.eps = eps
         self.register_buffer("std", None)
 
@@ -174,7 +152,7 @@ class PCA(Baseline):
     ----------
     n_components : int
         Components a group; fewer where it has too few images.
-    per_category, adapt, masking
+    per_category : bool
         As for `Template`.
     sigma : float
         As for `Template`; 3 was the best of 1, 1.5, 2 and 3 on the factory of seed 1.
@@ -182,15 +160,8 @@ class PCA(Baseline):
 
     _learned = ("mean", "components")
 
-    def __init__(
-        self,
-        n_components: int = 80,
-        per_category: bool = True,
-        sigma: float = 3.0,
-        adapt: bool = False,
-        masking: float = 0.0,
-    ):
-        super().__init__(per_category, sigma, adapt, masking)
+    def __init__(self, n_components: int = 80, per_category: bool = True, sigma: float = 3.0):
+        super().__init__(per_category, sigma)
         self.n_components = n_components
         self.register_buffer("components", None)
 
@@ -213,3 +184,34 @@ class PCA(Baseline):
 
     def _difference(self, images: Tensor, normal: Tensor, group: Tensor) -> Tensor:
         return (images - normal).square().mean(1)
+
+
+class SegmentationOnly(DiffusionAD):
+    """DiffusionAD's ablation: the segmentation network sees an empty reconstruction."""
+
+    def __init__(self, config: Config | None = None):
+        super().__init__(config)
+        del self.denoiser
+
+    @classmethod
+    def tiny(cls, **changes) -> SegmentationOnly:
+        """As `DiffusionAD.tiny`, with a recipe for the segmentation network alone."""
+        return cls(without_denoiser(Config.tiny(**changes)))
+
+    def training_loss(self, batch, generator):
+        """Scalar "loss" for a batch of normal images, alone and as "mask"."""
+        x, mask, _ = self.with_anomalies(batch, generator)
+        loss = self.comparison_loss(x, torch.zeros_like(x), mask)
+        return {"loss": loss, "mask": loss}
+
+    def judge(self, x, category_index, generator):
+        """Compare images with nothing."""
+        return self.compare(x, torch.zeros_like(x))
+
+
+def without_denoiser(config: Config) -> Config:
+    """The recipe of the ablation: one stage for the segmentation network, with as many steps."""
+    stages = [stage for stage in config.stages if "segmenter" in stage.lr]
+    alone = {"segmenter": stages[0].lr["segmenter"]}
+    steps = sum(stage.steps for stage in stages)
+    return replace(config, stages=(replace(stages[0], steps=steps, lr=alone),))

@@ -13,9 +13,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import Tensor
 
 from diffad_ref.checkpoints import load_weights
-from diffad_ref.codecs import Codec
 from diffad_ref.deco_diff import SIZES, Config, DecoDiff
-from diffad_ref.foreign_pickles import read_foreign, weights_under
+from diffad_ref.tools.foreign_pickles import read_foreign, weights_under
 
 LDM_UNET = "model.diffusion_model."  # where the converter, and ImageNet checkpoints, have it
 TABLE = "cond_stage_model.embedding.weight"
@@ -31,9 +30,7 @@ VISA = (
 )
 
 
-def import_deco_diff(
-    path: str | os.PathLike, config: Config | None = None, codec: Codec | None = None
-) -> DecoDiff:
+def import_deco_diff(path: str | os.PathLike, config: Config | None = None) -> DecoDiff:
     """Read a checkpoint of the released DeCo-Diff code; nothing that it holds is executed.
 
     Parameters
@@ -43,9 +40,9 @@ def import_deco_diff(
     config : DecoDiff.Config, optional
         By default the paper's settings with the sizes that the weights show. Weights do not show
         the number of attention heads: it is taken from the published size of the same width.
-    codec : Codec, optional
-        Ready for use. A checkpoint holds none: without it, call `detector.codec.prepare(None)`,
-        which loads the published autoencoder, before you predict.
+
+    A checkpoint holds no autoencoder: call `detector.codec.prepare(None)`, which loads the one
+    that the config names, before you predict.
 
     Returns
     -------
@@ -65,7 +62,7 @@ def import_deco_diff(
         converted = corrector_state(state, config.blocks)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no network of DeCo-Diff: {error}") from error
-    detector = DecoDiff(config, codec)
+    detector = DecoDiff(config)
     load_weights(detector.corrector, converted, path)
     tables = {len(MVTEC): MVTEC, len(VISA): VISA}
     detector.categories = tables.get(config.classes, ())
@@ -174,3 +171,14 @@ def _config(state: dict[str, Tensor]) -> Config:
     if channels != config.codec.channels:
         raise ValueError(f"latents have {channels} channels; give a config with their codec")
     return config
+
+
+def respaced(total: int, count: int) -> list[int]:
+    """The steps that "ddim<count>" of the released code keeps: 5 of 10 are 0, 2, 4, 6, 8.
+
+    From 0 in equal strides; raises ValueError for a count that no whole stride gives.
+    """
+    for stride in range(1, total):
+        if len(range(0, total, stride)) == count:
+            return list(range(0, total, stride))
+    raise ValueError(f"no stride makes {count} of {total} steps")

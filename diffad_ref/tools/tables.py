@@ -1,0 +1,203 @@
+"""Tables for people: per cent, the best in bold, as HTML in a notebook and Markdown in a shell.
+
+Frames hold fractions; only what is shown here is in per cent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from pandas import DataFrame
+
+from diffad_ref.continual import Continual
+from diffad_ref.evaluation import Report
+from diffad_ref.metrics import METRICS
+
+HEADERS = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1max": "image F1max",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1max": "pixel F1max",
+    "aupro": "AUPRO",
+    "n_good": "good",
+    "n_defective": "defective",
+    "seconds_per_image": "s per image",
+}
+
+
+@dataclass(repr=False)
+class Shown:
+    """A frame that displays itself: HTML in a notebook, Markdown where it is printed.
+
+    Attributes
+    ----------
+    frame : DataFrame
+        Its index names the rows.
+    percent : sequence of str
+        Columns that hold fractions and are shown in per cent; by default the metrics.
+    best : "column", "row" or None
+        Where the largest fraction stands in bold.
+    """
+
+    frame: DataFrame
+    percent: Sequence[str] = METRICS
+    best: str | None = None
+
+    def texts(self) -> DataFrame:
+        """Every cell as a text; empty where a value is not defined."""
+        named = [c for c in self.frame if c in self.percent]
+        bold = DataFrame(False, self.frame.index, self.frame.columns)
+        if self.best and named:
+            values = self.frame[named].astype(float)
+            top = values.max(axis=0 if self.best == "column" else 1)
+            bold[named] = values.eq(top, axis=1 if self.best == "column" else 0)
+        texts = DataFrame(index=self.frame.index)
+        for column in self.frame:
+            cells = [_text(value, column in named) for value in self.frame[column]]
+            texts[HEADERS.get(column, column)] = [
+                f"**{cell}**" if strong else cell
+                for cell, strong in zip(cells, bold[column], strict=True)
+            ]
+        return texts
+
+    def __repr__(self) -> str:
+        """GitHub-flavoured Markdown."""
+        flat, labels = self.texts().reset_index(), self.frame.index.nlevels
+        flat.columns = [HEADERS.get(str(c), str(c)).replace("index", "") for c in flat]
+        flat = flat.map(lambda cell: str(cell).replace("|", "\\|"))
+        sides = ["left"] * labels + ["right"] * (flat.shape[1] - labels)
+        return flat.to_markdown(index=False, colalign=sides, disable_numparse=True)
+
+    def _repr_html_(self) -> str:
+        texts = self.texts()
+        bold = texts.map(lambda cell: "font-weight: bold" * cell.startswith("**"))
+        styler = texts.map(lambda cell: cell.strip("*")).style.apply(lambda _: bold, axis=None)
+        return styler.set_properties(**{"text-align": "right"}).to_html()
+
+
+def _text(value, percent: bool) -> str:
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if percent:
+        return f"{100 * value:.1f}"
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.3g}"
+    return str(value)
+
+
+def rows(found: Sequence[dict], percent: Sequence[str] = METRICS, best: str | None = None) -> Shown:
+    """Rows as a table; the first key names them."""
+    frame = DataFrame(found)
+    return Shown(frame.set_index(frame.columns[0]), percent, best)
+
+
+def by_category(report: Report) -> Shown:
+    """One row a category, and the mean."""
+    counts = ["n_good", "n_defective"]
+    return Shown(report.table[[*METRICS, *counts]])
+
+
+def by_kind(report: Report, metrics=("image_auroc", "pixel_auroc", "pixel_ap")) -> Shown:
+    """One row a kind of defect, against the good images of its category."""
+    return Shown(report.kinds[[*metrics, "n_defective"]])
+
+
+def compare(reports: dict[str, Report], metrics=METRICS) -> Shown:
+    """One row a report: the means over its categories, the best of each column in bold.
+
+    Raises ValueError if the reports are not about the same images, or judged in different ways.
+    """
+    _require_same_images(reports)
+    frame = DataFrame({name: report.mean for name, report in reports.items()}).T
+    frame.index.name = "method"
+    if "seconds_per_image" in metrics:
+        frame["seconds_per_image"] = [report.seconds_per_image for report in reports.values()]
+    return Shown(frame[list(metrics)], best="column" if len(reports) > 1 else None)
+
+
+def compare_kinds(reports: dict[str, Report], metric: str = "image_auroc") -> Shown:
+    """One row a kind of defect, one column a report, for one metric; best in bold.
+
+    Raises as `compare`.
+    """
+    _require_same_images(reports)
+    frame = pd.concat({name: report.kinds[metric] for name, report in reports.items()}, axis=1)
+    return Shown(frame, tuple(reports), best="row" if len(reports) > 1 else None)
+
+
+def _require_same_images(reports: dict[str, Report]) -> None:
+    if not reports:
+        raise ValueError("there is no report to compare")
+    first, *others = reports
+    counts = ["n_good", "n_defective"]
+    for name in others:
+        if not reports[name].table[counts].equals(reports[first].table[counts]):
+            raise ValueError(f"{name!r} and {first!r} were not evaluated on the same images")
+        if reports[name].protocol != reports[first].protocol:
+            raise ValueError(
+                f"{name!r} was judged by the protocol {reports[name].protocol}, {first!r} by "
+                f"{reports[first].protocol}: such numbers cannot be compared"
+            )
+
+
+def after_tasks(run: Continual, metric: str = "image_auroc") -> Shown:
+    """A continual run: one row a category, one column a task."""
+    columns = [f"after task {k + 1}" for k in range(len(run.tasks))]
+    found = []
+    for k, task in enumerate(run.tasks):
+        for category in task:
+            values = run.values(metric, category)
+            row = dict.fromkeys(columns) | dict(zip(columns[k:], values, strict=False))
+            found.append({"category": category} | row)
+    return rows(found, () if metric == "loss" else columns)
+
+
+def summarise(runs: dict[str, Continual], metrics=("image_auroc", "pixel_ap")) -> Shown:
+    """One row a run: A-metric (E1), forgetting FM (E2), plasticity ("new"), and FM by loss.
+
+    "memory" is the mean share of a layer's directions that are taken after the last task. Metrics
+    that a run lacks, such as those of pixels without masks, are left out.
+    """
+    known = [m for m in metrics if all(r[m] is not None for run in runs.values() for r in run.rows)]
+    found = []
+    for name, run in runs.items():
+        several = len(run.tasks) > 1
+        row = {"training": name} | {f"A {HEADERS[m]}": run.a_metric(m) for m in known}
+        row |= {f"FM {HEADERS[m]}": run.forgetting(m) if several else None for m in known}
+        row |= {f"new {HEADERS[m]}": run.plasticity(m) if several else None for m in known}
+        row["FM loss"] = run.forgetting("loss") if several else None
+        row["memory"] = run.share_taken()[-1] if run.taken[-1] else None
+        found.append(row)
+    shares = [f"{word} {HEADERS[m]}" for m in known for word in ("A", "FM", "new")] + ["memory"]
+    frame = DataFrame(found).set_index("training").dropna(axis=1, how="all")
+    order = [c for c in (*shares[:-1], "FM loss", "memory") if c in frame]
+    return Shown(frame[order], shares)
+
+
+# ---------------------------------------------------------------------------------------- as JSON
+
+
+def to_plain(report: Report) -> dict:
+    """Everything of a report but maps and masks, in types that JSON knows."""
+    frames = {"table": report.table, "kinds": report.kinds, "images": report.images}
+    plain = {
+        name: json.loads(
+            frame.reset_index(drop=name == "images").to_json(orient="records", double_precision=15)
+        )
+        for name, frame in frames.items()
+    }
+    names = ("detector", "protocol", "seed", "seconds_per_image")
+    return {name: getattr(report, name) for name in names} | plain
+
+
+def from_plain(plain: dict) -> Report:
+    """A report (without maps) from what `to_plain` gave."""
+    frames = {name: DataFrame(plain[name]) for name in ("table", "kinds", "images")}
+    frames["table"] = frames["table"].set_index("category").astype(float)
+    frames["kinds"] = frames["kinds"].set_index(["category", "kind"]).astype(float)
+    return Report(**plain | frames)
