@@ -7,12 +7,14 @@ import torch
 from bench.table import Row
 from bench.timing import best
 from diffad_ref import DiffusionAD
-from diffad_ref.diffusion import iterative_x0
+from diffad_ref.tools.sampling import iterative_x0
 
 
-def rows(device: torch.device, batch: int = 4, level: int = 400) -> list[Row]:
+def rows(
+    device: torch.device, batch: int = 4, level: int = 400, calls: int = 50, rounds: int = 2
+) -> list[Row]:
     """Milliseconds an image; the guided step calls the network twice."""
-    detector = DiffusionAD(DiffusionAD.Config.tiny()).to(device).eval()
+    detector = DiffusionAD.tiny().to(device).eval()
     size = detector.config.image_size
     images = torch.rand(batch, 3, size, size, device=device)
 
@@ -25,14 +27,13 @@ def rows(device: torch.device, batch: int = 4, level: int = 400) -> list[Row]:
 
     @torch.no_grad()
     def many(method):
-        iterative_x0(detector.denoiser, images, level, detector.schedule, seeded(), method)
+        walk = detector.denoiser, images, level, detector.schedule, seeded(), method
+        iterative_x0(*walk, steps=calls)
 
-    seconds = best(one, lambda: many("ddim"), lambda: many("ddpm"), rounds=2)
+    seconds = best(one, lambda: many("ddim"), lambda: many("ddpm"), rounds=rounds)
     step, ddim, ddpm = (1000 * taken / batch for taken in seconds)
-    what = f"one guided step, tiny, {size} pixels"
+    what, start = f"one guided step, tiny, {size} pixels", f" from t = {level}"
     return [
-        Row("denoising", what, step, "ms", f"DDIM from t = {level}", ddim, note="50 calls"),
-        Row(
-            "denoising", what, step, "ms", f"DDPM from t = {level}", ddpm, 100, f"{level + 1} calls"
-        ),
+        Row("denoising", what, step, "ms", f"DDIM{start}", ddim, note=f"{calls} calls"),
+        Row("denoising", what, step, "ms", f"DDPM{start}", ddpm, 100, f"{level + 1} calls"),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import subprocess
 import sys
@@ -17,38 +16,32 @@ from diffad_ref.metrics import pixel_metrics
 
 IMAGES = 1725  # test images of all 15 categories of MVTec AD
 LIMIT = 6.0  # GB
-BINS = 65536
 
 
 def rows(device: torch.device, count: int = IMAGES, size: int = 256) -> list[Row]:
-    """Exact metrics, and binned ones where they exist."""
-    ways = {"exact": None}
-    if "bins" in inspect.signature(pixel_metrics).parameters:
-        ways[f"bins={BINS}"] = BINS
-    out = []
-    for way, bins in ways.items():
-        found, what = in_child(count, size, bins), f"pixel metrics, {way}, of {count} maps"
-        out.append(Row("memory", f"{what}: time", found["seconds"]))
-        note = "whole process, maps and masks too" if found["gigabytes"] else "not measured"
-        measured, limit = f"{what}: peak memory", LIMIT if found["gigabytes"] else None
-        out.append(Row("memory", measured, found["gigabytes"], "GB", "limit", limit, 1, note))
-    return out
+    """One row of time, one of memory."""
+    found, what = in_child(count, size), f"pixel metrics of {count} maps"
+    note = "whole process, maps and masks too" if found["gigabytes"] else "not measured"
+    limit = LIMIT if found["gigabytes"] else None
+    return [
+        Row("memory", f"{what}: time", found["seconds"]),
+        Row("memory", f"{what}: peak memory", found["gigabytes"], "GB", "limit", limit, 1, note),
+    ]
 
 
-def in_child(count: int, size: int, bins: int | None) -> dict:
+def in_child(count: int, size: int) -> dict:
     """Run `judge` in a fresh process, whose peak of memory is then its own."""
-    command = [sys.executable, "-m", "bench.memory", json.dumps([count, size, bins])]
+    command = [sys.executable, "-m", "bench.memory", json.dumps([count, size])]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def judge(count: int, size: int, bins: int | None) -> dict:
+def judge(count: int, size: int) -> dict:
     """Seconds of the metrics, and this process's peak of memory in GB."""
     maps, masks = anomaly_maps(count, size)
-    options = {} if bins is None else {"bins": bins}
     start = time.perf_counter()
-    pixel_metrics(maps, masks, **options)
+    pixel_metrics(maps, masks)
     return {"seconds": time.perf_counter() - start, "gigabytes": peak_of_this_process()}
 
 

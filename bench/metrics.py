@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +13,12 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from bench.maps import anomaly_maps
 from bench.table import Row
 from bench.timing import best
-from diffad_ref.metrics import image_metrics, pixel_metrics, top_k_mean
+from diffad_ref.diffusion_ad import top_k_mean
+from diffad_ref.metrics import image_metrics, pixel_metrics
 
 TOPIC = "metrics"
 FASTER = 10  # than scikit-learn and anomalib's AUPRO together
 SLOWER = 3  # than ADEval, which is approximate
-BINS = 65536
 
 
 def rows(device: torch.device, count: int = 60, size: int = 256, rounds: int = 3) -> list[Row]:
@@ -27,9 +26,7 @@ def rows(device: torch.device, count: int = 60, size: int = 256, rounds: int = 3
     maps, masks = anomaly_maps(count, size)
     scores, labels = top_k_mean(maps).numpy(), masks.any((1, 2))
     data = (maps, masks, scores, labels)
-    calls = {"exact": partial(seven, *data), "scikit-learn": partial(by_sklearn, *data)}
-    if "bins" in inspect.signature(pixel_metrics).parameters:
-        calls["binned"] = partial(seven, *data, bins=BINS)
+    calls = {"ours": partial(seven, *data), "scikit-learn": partial(by_sklearn, *data)}
     lacking = {}
     for name, make in (("anomalib", anomalib_aupro), ("ADEval", adeval_metrics)):
         try:
@@ -54,31 +51,27 @@ def speed(seconds: dict[str, float], lacking: dict[str, str], what: str) -> list
     rival, there = "scikit-learn's six", seconds["scikit-learn"]
     if "anomalib" in seconds:
         rival, there = rival + " + anomalib's AUPRO", there + seconds["anomalib"]
-    out = []
-    for way, name in (("exact", "exact"), ("binned", f"bins={BINS}")):
-        if way in seconds:
-            here, measured = seconds[way], f"seven metrics, {name}, {what}"
-            note = lacking.get("anomalib", f"AUPRO {seconds.get('anomalib', 0):.2f} s of it")
-            out.append(Row(TOPIC, measured, here, "s", rival, there, FASTER, note))
-            note = lacking.get("ADEval", "approximate, five of the seven; its F1max is no F1")
-            there_too = seconds.get("ADEval")
-            out.append(Row(TOPIC, measured, here, "s", "ADEval", there_too, 1 / SLOWER, note))
-    return out
+    here, measured, there_too = seconds["ours"], f"seven metrics {what}", seconds.get("ADEval")
+    note = lacking.get("anomalib", f"AUPRO {seconds.get('anomalib', 0):.2f} s of it")
+    other = lacking.get("ADEval", "approximate, five of the seven; its F1max is no F1")
+    return [
+        Row(TOPIC, measured, here, "s", rival, there, FASTER, note),
+        Row(TOPIC, measured, here, "s", "ADEval", there_too, 1 / SLOWER, other),
+    ]
 
 
 def agreement(values: dict[str, dict[str, float]], lacking: dict[str, str]) -> list[Row]:
     """Rows of the largest difference between our values and everybody else's."""
     allowed = {
-        "binned": (1e-3, "rounding to bins"),
         "scikit-learn": (1e-9, ""),
         "anomalib": (1e-3, "sums in single precision"),
         "ADEval": (None, "a thousand thresholds; trapezia under the precision-recall curve"),
     }
     out = []
     for name, (limit, note) in allowed.items():
-        measured = f"largest difference to {f'bins={BINS}' if name == 'binned' else name}"
+        measured = f"largest difference to {name}"
         if name in values:
-            apart = largest_difference(values["exact"], values[name])
+            apart = largest_difference(values["ours"], values[name])
             rival = "limit" if limit else ""
             target = 1 if limit else None
             out.append(Row(TOPIC, measured, apart, "", rival, limit, target, note))
@@ -92,9 +85,9 @@ def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> floa
     return max(abs(ours[name] - theirs[name]) for name in theirs)
 
 
-def seven(maps, masks, scores, labels, **options) -> dict[str, float]:
+def seven(maps, masks, scores, labels) -> dict[str, float]:
     """Our own."""
-    return image_metrics(scores, labels) | pixel_metrics(maps, masks, **options)
+    return image_metrics(scores, labels) | pixel_metrics(maps, masks)
 
 
 def by_sklearn(maps, masks, scores, labels) -> dict[str, float]:

@@ -8,9 +8,8 @@ from torch import Tensor
 from bench.table import Row
 from bench.timing import best
 from diffad_ref import DecoDiff, DiffusionAD, OneForMore
-from diffad_ref.anomalies import crop_textures
+from diffad_ref.anomalies import crop_textures, texture_bank
 from diffad_ref.detector import Detector, Stage
-from diffad_ref.texture_sources import texture_bank
 
 LIMIT = 1.0  # second a training step, on two cores
 
@@ -24,7 +23,7 @@ def rows(
     out = []
     for method in methods:
         torch.manual_seed(0)
-        detector = method(method.Config.tiny()).to(device)
+        detector = method.tiny().to(device)
         images = crop_textures(
             texture_bank(), 64, detector.config.image_size, torch.Generator().manual_seed(0)
         )
@@ -49,7 +48,7 @@ def training_row(detector: Detector, stage: Stage, images: Tensor, rounds: int) 
     count = stage.batch_size
     batch = {
         "image": images[torch.arange(count) % len(images)],
-        "category": ["gear"] * count,
+        "texture": torch.zeros(count, dtype=torch.bool),
         "category_index": torch.zeros(count, dtype=torch.long, device=images.device),
     }
     optimizer = torch.optim.AdamW(detector.parameter_groups())

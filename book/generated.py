@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from diffad_ref import plan
-from diffad_ref.continual import Continual, summarise
-from diffad_ref.evaluation import Report, compare, compare_kinds
-from diffad_ref.tables import HEADERS, Table
+from diffad_ref.continual import Continual
+from diffad_ref.tools import plan, tables
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
@@ -98,31 +96,32 @@ def result_tables(records: Path, names: dict[str, str]) -> str:
     for folder, title in names.items():
         found = {p.stem.replace("_", " "): p for p in (records / folder).glob("*.json")}
         found = {name: json.loads(path.read_text()) for name, path in found.items()}
-        reports = {name: Report.from_dict(record["report"]) for name, record in found.items()}
+        reports = {name: tables.from_plain(record["report"]) for name, record in found.items()}
         order = sorted(reports, key=lambda name: reports[name].mean["pixel_ap"])
         reports = {name: reports[name] for name in order}
-        commands = [line for name in order for line in found[name]["commands"]]
-        parts += [f"### {title}\n", f"{compare(reports)}\n"]
-        for metric, words in (("image_auroc", "image AUROC"), ("pixel_ap", "pixel AP")):
-            kinds = compare_kinds(reports, metric)
-            if len(reports[order[0]].rows) == 1:  # many methods, few kinds: a method a row
-                kinds = turned(kinds)
-            parts.append(f"By kind of defect, {words}:\n\n{kinds}\n")
-        best = order[-1]
-        if len(reports[best].rows) > 1:
-            parts.append(f"By category, {best}:\n\n{reports[best].table()}\n")
-        parts.append("Made by\n\n```bash\n" + "\n".join(dict.fromkeys(commands)) + "\n```\n")
+        best = reports[order[-1]]
+        several = len(best.table) > 2  # categories, and their mean
+        parts += [f"### {title}\n", f"{tables.compare(reports)}\n"]
+        for metric in ("image_auroc", "pixel_ap"):
+            kinds = tables.compare_kinds(reports, metric)
+            shown = kinds if several else turned(kinds)
+            parts.append(f"By kind of defect, {tables.HEADERS[metric]}:\n\n{shown}\n")
+        if several:
+            parts.append(f"By category, {order[-1]}:\n\n{tables.by_category(best)}\n")
+        parts.append(made_by(line for name in order for line in found[name]["commands"]))
     return "\n".join(parts)
 
 
-def turned(kinds: Table) -> Table:
+def turned(kinds: tables.Shown) -> tables.Shown:
     """A table of `compare_kinds` for one category, with a row for each method."""
-    names = tuple(row["kind"] for row in kinds.rows)
-    rows = [
-        {"method": method} | {row["kind"]: row[method] for row in kinds.rows}
-        for method in kinds.columns[kinds.labels :]
-    ]
-    return Table(("method", *names), rows, best=True, fractions=names)
+    frame = kinds.frame.droplevel("category").T.rename_axis("method")
+    return tables.Shown(frame, tuple(frame), best="column")
+
+
+def made_by(commands: Iterable[str]) -> str:
+    """The commands below a table, each of them once."""
+    listing = "\n".join(dict.fromkeys(commands))
+    return f"Made by\n\n```bash\n{listing}\n```\n"
 
 
 def interval_table(records: Path) -> str:
@@ -136,23 +135,21 @@ def interval_table(records: Path) -> str:
     rows, commands = [], []
     for path in sorted(records.glob("*.json")):
         record = json.loads(path.read_text())
-        mean, intervals = record["report"]["mean"], record["report"]["intervals"]
+        mean = tables.from_plain(record["report"]).mean
         row = {"Variant": path.stem.partition("-")[2].replace("_", " ")}
         for metric in ("image_auroc", "pixel_auroc", "pixel_ap"):
-            low, high = (100 * value for value in intervals[metric])
-            row[HEADERS[metric]] = f"{100 * mean[metric]:.1f} ({low:.1f}–{high:.1f})"
+            low, high = (100 * value for value in record["intervals"][metric])
+            row[tables.HEADERS[metric]] = f"{100 * mean[metric]:.1f} ({low:.1f}–{high:.1f})"
         rows.append(row)
         commands += record["commands"]
-    listing = "\n".join(dict.fromkeys(commands))
-    return f"{markdown_table(rows)}\nMade by\n\n```bash\n{listing}\n```\n"
+    return f"{markdown_table(rows)}\n{made_by(commands)}"
 
 
 def continual_table(description: Path) -> str:
     """Runs of several tasks in a row, from the record beside the weights of the last task."""
     runs = json.loads(description.read_text())["record"]["runs"]
-    table = summarise({name: Continual(**run["continual"]) for name, run in runs.items()})
-    listing = "\n".join(run["command"] for run in runs.values())
-    return f"{table}\n\nMade by\n\n```bash\n{listing}\n```\n"
+    table = tables.summarise({name: Continual(**run["continual"]) for name, run in runs.items()})
+    return f"{table}\n\n{made_by(run['command'] for run in runs.values())}"
 
 
 def plan_tables() -> str:

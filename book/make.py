@@ -1,7 +1,9 @@
 """Run the notebooks and build the book.
 
-    python book/make.py run    run every notebook now, as tests
-    python book/make.py        run the notebooks that changed, then build _build/html
+    python book/make.py            run the notebooks that changed, then build _build/html
+    python book/make.py run        run every notebook now, as tests
+    python book/make.py run 03     run those whose names begin so
+    python book/make.py pages      build what changed of the pages, from what has run so far
 
 A notebook runs once for both: the executed copy is kept in `build/notebooks` together with the
 fingerprint of everything that its result depends on, and the book is made from those copies.
@@ -116,12 +118,11 @@ def stage(notebooks: list[Path]) -> None:
         shutil.copy(ROOT / name, SOURCE)
     (SOURCE / "notebooks").mkdir()
     for notebook in notebooks:
-        shutil.copy(EXECUTED / notebook.name, SOURCE / "notebooks")
+        ran = EXECUTED / notebook.name
+        shutil.copy2(ran if ran.exists() else notebook, SOURCE / "notebooks")
 
-    record, repository = (
-        read_record(),
-        yaml.safe_load((ROOT / "_config.yml").read_text())["repository"],
-    )
+    record = read_record()
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
     generated = SOURCE / "book" / "_generated"
     generated.mkdir()
     (generated / "notebooks.md").write_text(notebook_table(notebooks, record, repository))
@@ -134,11 +135,13 @@ def stage(notebooks: list[Path]) -> None:
     (SOURCE / "book" / "status.md").write_text(status_page(notebooks, record))
 
 
-def render() -> bool:
-    """Build the pages with warnings as errors, then check what they load."""
-    shutil.rmtree(HTML, ignore_errors=True)
+def render(everything: bool) -> bool:
+    """Build all pages, or those that changed, with warnings as errors; check what they load."""
     command = [Path(sys.executable).with_name("jupyter-book"), "build", str(SOURCE)]
-    command += ["--path-output", str(ROOT), "--all", "-W", "--keep-going"]
+    command += ["--path-output", str(ROOT), "-W", "--keep-going"]
+    if everything:
+        shutil.rmtree(HTML, ignore_errors=True)
+        command.append("--all")
     if subprocess.run(command, cwd=ROOT).returncode:
         return False
     found = problems(HTML)
@@ -148,13 +151,18 @@ def render() -> bool:
 
 def main() -> int:
     """Exit status 0 only if every notebook passed and the book has no warning."""
+    task, *names = sys.argv[1:] or ["book"]
+    if task not in ("book", "run", "pages"):
+        sys.exit(__doc__)
     notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-    if sys.argv[1:] == ["run"]:
-        return 0 if run(notebooks) else 1
-    record = read_record()
-    passed = run([notebook for notebook in notebooks if has_to_run(notebook, record)])
+    if task == "run":
+        chosen = [n for n in notebooks if not names or n.name.startswith(tuple(names))]
+        return 0 if run(chosen) else 1
+    record, passed = read_record(), True
+    if task == "book":
+        passed = run([notebook for notebook in notebooks if has_to_run(notebook, record)])
     stage(notebooks)  # also after a failure: the status page then says which notebook failed
-    built = render()
+    built = render(everything=task == "book")
     print(f"\nThe book: {HTML / 'index.html'}" if built else "\nThe book has errors, see above.")
     return 0 if passed and built else 1
 

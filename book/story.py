@@ -4,9 +4,7 @@ from pathlib import Path
 
 import torch
 
-from diffad_ref import pretrained
-from diffad_ref.plots import panels
-from diffad_ref.toy import draw_pair
+import diffad_ref as da
 
 SHOWN = {("gear", "missing", 0): "a tooth is missing", ("capsule", "print", 0): "a wrong letter"}
 TITLES = ("what the camera sees", "under noise", "what should be there", "where they differ")
@@ -14,10 +12,10 @@ TITLES = ("what the camera sees", "under noise", "what should be there", "where 
 
 def main() -> Path:
     """Run the shipped detector on two toy products and save what it saw."""
-    detector = pretrained("diffusion_ad_toy")
-    pictures = [draw_pair(category, "test", kind, i)[0] for category, kind, i in SHOWN]
+    detector = da.pretrained("diffusion_ad_toy")
+    pictures = [da.toy.draw_pair(category, "test", kind, i)[0] for category, kind, i in SHOWN]
     images = torch.stack([torch.from_numpy(p).movedim(-1, 0) / 255 for p in pictures])
-    figure = panels(detector.predict(images), images, names=None, size=2.2)
+    figure = da.plots.panels(detector.predict(images), images, names=None, size=2.2)
     for axis, title in zip(figure.axes, TITLES, strict=False):
         axis.set_title(title, fontsize=12)
     for row, words in enumerate(SHOWN.values()):

@@ -33,21 +33,6 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = [
-    "AnomalyFolder",
-    "DecoDiff",
-    "Detector",
-    "DiffusionAD",
-    "OneForMore",
-    "Prediction",
-    "Rate",
-    "Report",
-    "Stage",
-    "evaluate",
-    "fit",
-    "fit_continual",
-    "load",
-    "pretrained",
-    "save",
-    "toy_factory",
-]
+__all__ = ["AnomalyFolder", "DecoDiff", "Detector", "DiffusionAD", "OneForMore", "Prediction"]
+__all__ += ["Rate", "Report", "Stage", "evaluate", "fit", "fit_continual", "load", "pretrained"]
+__all__ += ["save", "toy_factory"]

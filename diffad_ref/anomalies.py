@@ -1,15 +1,11 @@
 """Synthetic anomalies for training: where (Perlin noise), what (a foreign texture), how much.
 
 A detector that has never seen a defect learns from invented ones. They need not look real; they
-must be irregular in shape and foreign in content (D12). Everything is batched and stays on the
-device of the images; every random number comes from the generator that the caller passes.
+must be irregular in shape and foreign in content (D12).
 """
-
-from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,36 +14,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffad_ref.data import read_image
 from diffad_ref.diffusion import Draw
 
-# ----------------------------------------------------------------------------- where: Perlin masks
-
 
 def perlin_noise(angles: Tensor, cells: Tensor, height: int, width: int) -> Tensor:
-    """Two-dimensional Perlin noise, a batch at once, as two matrix products.
+    """Two-dimensional Perlin noise (B, height, width), about in [-1, 1], as two matrix products.
 
     In each lattice cell the noise blends four ramps, one per corner gradient. The blend weights
     and the ramps factor into a part of the row and a part of the column, so the whole image is
     bilinear in the gradients: no pixel is ever looped over, and no corner ever gathered.
 
-    Parameters
-    ----------
-    angles : Tensor (B, L, L)
-        Direction of the gradient at each lattice point, in radians. Of a sample with r0 x r1
-        cells the first (r0 + 1) x (r1 + 1) points are used.
-    cells : Tensor (B, 2), long
-        Lattice cells along rows and along columns, each at most L - 1.
-    height, width : int
-        Size of the image in pixels.
-
-    Returns
-    -------
-    Tensor (B, height, width), about within [-1, 1].
-
+    `angles` (B, L, L) are the directions of the gradients at the lattice points, in radians, of
+    which a sample with (r0, r1) = `cells` (B, 2), long, uses the first (r0 + 1) x (r1 + 1).
     Source: Perlin 2002, with the scaling of DiffusionAD's released code.
     """
     blend_r, ramp_r = _lattice_weights(cells[:, 0], height, angles.shape[1], angles)  # (B, H, L)
@@ -69,26 +52,21 @@ def _lattice_weights(cells: Tensor, length: int, points: int, like: Tensor):
 
 
 def perlin_masks(
-    count: int,
-    size: int,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-    max_exponent: int = 5,
-    threshold: float = 0.5,
-    foreground: Tensor | None = None,
-    attempts: int = 20,
+    count,
+    size,
+    generator,
+    device="cpu",
+    max_exponent=5,
+    threshold=0.5,
+    foreground=None,
+    attempts=20,
 ) -> Tensor:
     """Irregular masks (count, 1, size, size) in {0, 1}, none of them empty (M of D12).
 
     Perlin noise with 2^k cells per axis, k ~ U{0..max_exponent}, turned by U(-90°, 90°) and cut at
-    `threshold`; what lies outside the foreground is removed, and empty masks are drawn again.
-
-    Parameters
-    ----------
-    foreground : Tensor (count, 1, size, size), optional
-        Where anomalies may lie; soft values make soft masks, as in the released code.
-    attempts : int
-        Redraws before a stubborn mask (a tiny foreground, say) becomes its whole foreground.
+    `threshold`. What lies outside the foreground (count, 1, size, size) is removed; a soft one
+    makes soft masks, as in the released code. Empty masks are drawn again, up to so many
+    `attempts`; a stubborn one (a tiny foreground, say) becomes its whole foreground.
     """
     draw = Draw(generator, device)
     masks = torch.zeros(count, 1, size, size, device=device)
@@ -101,9 +79,9 @@ def perlin_masks(
         todo = todo[drawn.flatten(1).amax(1) == 0]
         if len(todo) == 0:
             return masks
-    whole = torch.ones_like(masks[todo]) if foreground is None else foreground[todo]
-    empty = whole.flatten(1).amax(1) == 0
-    masks[todo] = _where(empty, torch.ones_like(whole), whole)
+    whole = torch.ones_like(masks[todo])
+    product = whole if foreground is None else foreground[todo]
+    masks[todo] = _where(product.flatten(1).amax(1) > 0, product, whole)
     return masks
 
 
@@ -114,25 +92,14 @@ def _draw_masks(count: int, size: int, draw: Draw, max_exponent: int, threshold:
     angles = draw.uniform(count, points, points, high=2 * math.pi)
     noise = perlin_noise(angles, cells, size, size)
     turn = draw.uniform(count, low=-math.pi / 2, high=math.pi / 2)
-    grid = _turned_grid(turn, size)
+    c, s, zero = turn.cos(), turn.sin(), torch.zeros_like(turn)
+    affine = torch.stack([c, -s, zero, s, c, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, [count, 1, size, size], align_corners=False)
     turned = F.grid_sample(noise[:, None], grid, align_corners=False)  # zero outside
     return (turned > threshold).float()
 
 
-def _turned_grid(turn: Tensor, size: int) -> Tensor:
-    """Pixel centres in [-1, 1]², turned by an angle (B,): (B, size, size, 2), x before y.
-
-    What `affine_grid` makes, but that multiplies a 3-vector a pixel; here a pixel costs two sums.
-    """
-    centres = (torch.arange(size, device=turn.device) + 0.5) * 2 / size - 1
-    c, s = turn.cos()[:, None] * centres, turn.sin()[:, None] * centres  # (B, size)
-    return torch.stack([c[:, None] - s[:, :, None], s[:, None] + c[:, :, None]], -1)
-
-
-# ------------------------------------------------------------------------ what: sources of texture
-
-# Photographs inside the scikit-image package. Brick, grass and gravel are not among them: the toy
-# factory sells those, and a product's own texture is no anomaly.
+# Photographs in scikit-image, without those that the toy factory sells: brick, grass, gravel.
 BUILT_IN = (
     *("astronaut", "camera", "cell", "chelsea", "coffee", "coins", "hubble_deep_field"),
     *("immunohistochemistry", "moon", "page", "retina", "rocket", "text"),
@@ -140,18 +107,11 @@ BUILT_IN = (
 
 
 def texture_bank(folder: str | os.PathLike | None = None, size: int = 256) -> Tensor:
-    """Foreign textures as one tensor (K, 3, size, size), uint8.
+    """Foreign textures (K, 3, size, size), uint8: the largest centred square of each image.
 
-    Parameters
-    ----------
-    folder : path, optional
-        Any folder of images, such as DTD's `images`; searched with its sub-folders. Without one,
-        the photographs that scikit-image and scikit-learn ship are cut into squares.
-    size : int
-        Side in pixels; the largest centred square of each image is scaled to it.
-
-    Raises FileNotFoundError if the folder does not exist or holds no image, and ValueError for a
-    damaged one.
+    The folder, such as DTD's `images`, is searched with its sub-folders; without one, the
+    photographs that scikit-image and scikit-learn ship are taken. Raises FileNotFoundError if it
+    does not exist or holds no image, and ValueError for a damaged one.
     """
     if folder is None:
         return _built_in(size)
@@ -168,19 +128,13 @@ def _built_in(size: int) -> Tensor:
     from skimage import data
     from sklearn.datasets import load_sample_images
 
-    return _squares([*(getattr(data, n)() for n in BUILT_IN), *load_sample_images().images], size)
+    arrays = [*(getattr(data, name)() for name in BUILT_IN), *load_sample_images().images]
+    return _squares([Image.fromarray(array).convert("RGB") for array in arrays], size)
 
 
-def _squares(images: Sequence, size: int) -> Tensor:
-    """The largest centred square of each image, scaled to (K, 3, size, size)."""
-    from torchvision.transforms.v2 import functional as vision
-
-    squares = []
-    for image in (vision.to_image(np.array(image)) for image in images):
-        image = image.expand(3, -1, -1) if len(image) == 1 else image[:3]
-        image = vision.center_crop(image.contiguous(), [min(image.shape[-2:])])
-        squares.append(vision.resize(image, [size, size], antialias=True))
-    return torch.stack(squares)
+def _squares(images: list[Image.Image], size: int) -> Tensor:
+    squares = [ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR) for image in images]
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
 
 
 def crop_textures(bank: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -210,14 +164,8 @@ def shuffle_strips(
     """Shuffle columns, then rows, keeping even and odd strips together (the released source).
 
     Columns: even and odd strips are permuted apart and joined evens first. Rows: all are permuted,
-    split into even and odd places, permuted again and joined evens first.
-
-    Parameters
-    ----------
-    images : Tensor (B, C, H, W)
-    draws : list of five permutations, optional
-        For the columns (evens, odds) and the rows (all, evens, odds), where new[i] = old[perm[i]];
-        drawn when not given.
+    split into even and odd places, permuted again and joined evens first. `draws` are these five
+    permutations, new[i] = old[perm[i]], unless they are to be drawn.
     """
     _check_divides(strips, *images.shape[-2:])
     half = strips // 2
@@ -243,31 +191,23 @@ def _check_divides(parts: int, height: int, width: int) -> None:
 
 
 def augment(images: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
-    """Apply `count` of ten augmentations to each image (B, 3, H, W) in [0, 1].
-
-    Each image draws its own set; images that share an augmentation share its strength, so that
-    each augmentation runs once a batch.
-    """
+    """Apply `count` of ten augmentations, of one strength a batch, to images (B, 3, H, W)."""
     from torchvision.transforms.v2 import functional as vision
 
     draw = Draw(generator)
 
-    def between(low: float, high: float) -> float:
+    def some(low: float, high: float) -> float:
         return draw.uniform(low=low, high=high).item()
 
     ways = (
-        lambda x: vision.adjust_gamma(x, between(0.5, 2.0)),
-        lambda x: vision.adjust_brightness(x, between(0.8, 1.2)),
-        lambda x: vision.adjust_sharpness(x, between(0.2, 3.0)),
-        lambda x: vision.adjust_saturation(
-            vision.adjust_hue(x, between(-0.3, 0.3)), between(0.5, 1.5)
-        ),
-        lambda x: vision.solarize(x, between(32, 128)),
-        lambda x: vision.posterize(x, int(between(2, 6))),
-        vision.invert,
-        vision.autocontrast,
-        vision.equalize,
-        lambda x: vision.rotate(x, between(-45, 45)),
+        lambda x: vision.adjust_gamma(x, some(0.5, 2.0)),
+        lambda x: vision.adjust_brightness(x, some(0.8, 1.2)),
+        lambda x: vision.adjust_sharpness(x, some(0.2, 3.0)),
+        lambda x: vision.adjust_saturation(vision.adjust_hue(x, some(-0.3, 0.3)), some(0.5, 1.5)),
+        lambda x: vision.solarize(x, some(32, 128)),
+        lambda x: vision.posterize(x, int(some(2, 6))),
+        lambda x: vision.rotate(x, some(-45, 45)),
+        *(vision.invert, vision.autocontrast, vision.equalize),
     )
     chosen = draw.orders(len(images), len(ways))[:, :count]
     out = (images * 255).round().to(torch.uint8)
@@ -276,9 +216,6 @@ def augment(images: Tensor, generator: torch.Generator, count: int = 3) -> Tenso
         if len(mine):
             out[mine] = change(out[mine])
     return out.float() / 255
-
-
-# --------------------------------------------------------------------------------------- together
 
 
 @dataclass(frozen=True)
@@ -300,14 +237,8 @@ class Synthesis:
 def blend(image: Tensor, source: Tensor, mask: Tensor, beta: Tensor) -> Tensor:
     """Put a source into an image where the mask says so, beta of the image shining through.
 
-    Parameters
-    ----------
-    image, source : Tensor (B, 3, H, W), in [0, 1]
-        N and A of the paper.
-    mask : Tensor (B, 1, H, W), in [0, 1]
-    beta : Tensor (B, 1, 1, 1), in [0, 1]
-
-    Source: DiffusionAD, synthetic anomalies.
+    Image N and source A are (B, 3, H, W), the mask M is (B, 1, H, W), beta (B, 1, 1, 1), all in
+    [0, 1]. Source: DiffusionAD, synthetic anomalies.
     """
     return beta * mask * image + (1 - beta) * mask * source + (1 - mask) * image  # D12
 
@@ -320,22 +251,11 @@ def synthesize(
     generator: torch.Generator,
     foreground: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn normal images into a training batch for the segmentation network (D12).
+    """Images, masks and labels to train a segmentation network with, from normal images (D12).
 
-    Parameters
-    ----------
-    images : Tensor (B, 3, H, W), in [0, 1]
-        Normal images; square.
-    is_texture : Tensor (B,), bool
-        Textures always get a foreign source; objects get their shuffled selves at times.
-    bank : Tensor (K, 3, S, S), uint8
-        Foreign textures, see `texture_bank`.
-    foreground : Tensor (B, 1, H, W), optional
-        Where an anomaly may lie.
-
-    Returns
-    -------
-    image (B, 3, H, W), mask (B, 1, H, W), label (B,) in {0, 1}
+    `images` (B, 3, H, W) are square, in [0, 1]. Textures, as `is_texture` (B,) says, always get a
+    foreign source from the `bank` (K, 3, S, S) of `texture_bank`; objects get their shuffled selves
+    at times. An anomaly lies in the `foreground` (B, 1, H, W), if there is one.
     """
     b, size, draw = len(images), images.shape[-1], Draw(generator, images.device)
     normal, match, shuffled, flat = draw.uniform(4, b)
@@ -361,9 +281,6 @@ def synthesize(
 def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`torch.where` with one condition (B,) per image."""
     return torch.where(condition[:, None, None, None], a, b)
-
-
-# --------------------------------------------------------------------------------- only for tiny
 
 
 def match_statistics(source: Tensor, image: Tensor, draw: Draw) -> Tensor:

@@ -1,14 +1,11 @@
 """The anomaly-masked network: a condition that cannot copy a defect.
 
-A diffusion model that starts from pure noise needs to be told which image to rebuild. Tell it too
-well, and it rebuilds the defect too. In this network attention may not look at a place's own
-neighbourhood, so that a place is described from afar. The way past attention stays open; what
-closes it is training on pasted anomalies (A3).
+A diffusion model that starts from pure noise must be told which image to rebuild; told too well,
+it rebuilds the defect too. Here attention may not look at a place's own neighbourhood, so that it
+is described from afar. The way past attention is closed by training on pasted anomalies (A3).
 
 Li et al.: *One-for-More*, CVPR 2025, arXiv 2502.19848. Formulas A1-A3.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -20,21 +17,8 @@ from torch import Tensor, nn
 def neighbour_mask(height: int, width: int, window: tuple[int, int] = (7, 7)) -> Tensor:
     """What is added to the attention logits of a grid: -inf for near places, 0 for others (A1).
 
-    Parameters
-    ----------
-    height, width : int
-        Of the grid of tokens.
-    window : (int, int)
-        Rows and columns of the neighbourhood; an even number acts like the next odd one.
-
-    Returns
-    -------
-    Tensor (height * width, height * width), row by row.
-
-    Raises
-    ------
-    ValueError
-        Some place would see nothing at all: the grid is too small for the window.
+    The result is (height * width, height * width), row by row. An even side of the window (rows,
+    columns) acts like the next odd one. Raises ValueError if some place would see nothing at all.
     """
     rows, columns = torch.arange(height), torch.arange(width)
     near_rows = (rows[:, None] - rows).abs() <= window[0] // 2  # (h, h)
@@ -42,10 +26,7 @@ def neighbour_mask(height: int, width: int, window: tuple[int, int] = (7, 7)) ->
     near = near_rows[:, None, :, None] & near_columns[None, :, None, :]
     near = near.reshape(height * width, height * width)
     if near.all(1).any():
-        raise ValueError(
-            f"a window of {window[0]} x {window[1]} hides the whole grid of {height} x {width} "
-            "from some of its places; use a smaller window or a larger image"
-        )
+        raise ValueError(f"a window of {window} hides the whole grid of {height} x {width} places")
     return torch.zeros(near.shape).masked_fill(near, -math.inf)  # A1
 
 
@@ -66,10 +47,7 @@ def sine_positions(height: int, width: int, channels: int) -> Tensor:
 
 
 class MaskedEncoderLayer(nn.Module):
-    """One layer of a transformer encoder, normalised last, whose attention is masked.
-
-    Written out of linear layers, so that each can be watched and protected by itself.
-    """
+    """A masked transformer layer, normalised last; its linear layers can be protected."""
 
     def __init__(self, width: int, heads: int, feed_forward: int, dropout: float):
         super().__init__()
@@ -97,18 +75,7 @@ class MaskedEncoderLayer(nn.Module):
 class AnomalyMaskedNetwork(nn.Module):
     """Condition features (B, width, H/8, W/8) of an image (B, 3, H, W) (A1, A2).
 
-    Parameters
-    ----------
-    width : int
-        Channels of the result: those of the U-Net's first level.
-    layers, heads, feed_forward, dropout
-        Of the transformer encoder.
-    window : (int, int) or None
-        Neighbourhood that attention may not look at; None forbids nothing.
-    channels : tuple of int
-        Of the seven convolutions before the last.
-    strides : tuple of int
-        Of the eight convolutions; their product is 8 for an autoencoder's latents.
+    Eight convolutions lead to a transformer whose attention may not look at a window around it.
     """
 
     def __init__(
@@ -150,8 +117,5 @@ class AnomalyMaskedNetwork(nn.Module):
 
 
 def anomaly_masked_loss(condition: Tensor, clean_features: Tensor) -> Tensor:
-    """How far the condition is from the clean image's features, both (B, C, h, w).
-
-    Gradients flow into both, as in the released code.
-    """
+    """How far condition and clean features (B, C, h, w) lie apart; neither is detached."""
     return F.mse_loss(condition, clean_features)  # A3

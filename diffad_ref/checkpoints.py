@@ -3,8 +3,6 @@
 Nothing here unpickles, and nothing stands half-written under its final name.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -16,7 +14,7 @@ from pathlib import Path
 import dacite
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffad_ref.detector import Detector
@@ -29,23 +27,14 @@ def save(
 ) -> Path:
     """Write a detector's weights to `path` (.safetensors) and its description beside it (.json).
 
-    Parameters
-    ----------
-    record : dict, optional
-        How the weights came to be: command, seed, steps, data, versions, metrics.
-    half : bool
-        Store float32 as float16: half the size, for weights that are shipped.
+    The record says how they came to be; `half` stores float16, half the size.
     """
     path = weights_path(path)
     state = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
     if half:
         state = {k: v.half() if v.dtype == torch.float32 else v for k, v in state.items()}
-    description = {
-        "method": type(detector).__name__,
-        "categories": list(detector.categories),
-        "config": dataclasses.asdict(detector.config),
-        "record": record or {},
-    }
+    description = {"method": type(detector).__name__, "categories": list(detector.categories)}
+    description |= {"config": dataclasses.asdict(detector.config), "record": record or {}}
     text = as_text(description)  # first: if it cannot be, the old pair stays
     write_tensors(state, path)
     write_text(text, path.with_suffix(".json"))
@@ -55,34 +44,22 @@ def save(
 def load(path: str | os.PathLike, method: str | None = None) -> Detector:
     """Read a detector that `save` wrote, in evaluation mode, on the CPU.
 
-    Parameters
-    ----------
-    method : str, optional
-        The method that the caller needs; weights of another one are refused.
-
-    Raises
-    ------
-    FileNotFoundError
-        One of the two files is missing.
-    ValueError
-        The files are damaged, do not belong together, or hold another method.
+    Raises FileNotFoundError for a missing file, ValueError for damaged ones or another method.
     """
     path = weights_path(path)
     description = read_description(path)
-    found = description["method"]
-    if str(found) not in Detector.methods:
+    found = str(description["method"])
+    if method not in (None, found):
+        raise ValueError(f"{path} holds weights of {found}, not of {method}")
+    if found not in Detector.methods:
         known = ", ".join(Detector.methods)
         raise ValueError(f"{path} holds {found!r}; of methods, only {known} are imported")
-    if method is not None and found != method:
-        raise ValueError(f"{path} holds weights of {found}, not of {method}")
     kind = Detector.methods[found]
     try:
         detector = kind(config_of(kind.Config, description["config"]))
         detector.categories = tuple(description["categories"])
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path.with_suffix('.json')} describes no {found}: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"{path.with_suffix('.json')} describes no {found}: {error!r}") from error
     load_weights(detector, read_tensors(path), path)
     return detector.eval()
 
@@ -98,10 +75,7 @@ def pretrained(name: str) -> Detector:
 def load_shipped(detector: Detector, name: str) -> None:
     """Begin where shipped weights end; ValueError if they are of another size."""
     path = SHIPPED / f"{name}.safetensors"
-    try:
-        load_weights(detector, read_tensors(path), path)
-    except ValueError as error:
-        raise ValueError(f"{error}; start=None begins from scratch at any size") from error
+    load_weights(detector, read_tensors(path), f"{path} (start=None begins from scratch)")
 
 
 def config_of(kind: type, plain: dict):
@@ -119,11 +93,10 @@ def read_description(path: str | os.PathLike) -> dict:
         raise FileNotFoundError(f"{path} is missing; it belongs beside the .safetensors file")
     try:
         description = json.loads(path.read_text("utf-8"))
-        missing = {"method", "categories", "config"} - set(description)
+        if missing := {"method", "categories", "config"} - set(description):
+            raise ValueError(f"it lacks {sorted(missing)}")
     except (ValueError, TypeError) as error:  # no text, no JSON, or no dict
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if missing:
-        raise ValueError(f"{path} is no description of a detector: it lacks {sorted(missing)}")
+        raise ValueError(f"{path} is no description of a detector: {error}") from error
     return description
 
 
@@ -145,11 +118,9 @@ def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: obje
     own = module.state_dict()
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if missing or surplus or wrong:
-        raise ValueError(
-            f"the weights in {source} do not fit: {len(missing)} missing {missing[:3]}, "
-            f"{len(surplus)} unexpected {surplus[:3]}, {len(wrong)} of another shape {wrong[:3]}"
-        )
+    kinds = {"missing": missing, "unexpected": surplus, "of another shape": wrong}
+    if found := [f"{len(names)} {kind} {names[:3]}" for kind, names in kinds.items() if names]:
+        raise ValueError(f"the weights in {source} do not fit: {', '.join(found)}")
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
 
 
@@ -158,9 +129,6 @@ def weights_path(path: str | os.PathLike) -> Path:
     path = Path(path)
     stem = path.stem if path.suffix in (".safetensors", ".json") else path.name
     return path.with_name(f"{stem}.safetensors")
-
-
-# ----------------------------------------------------------------------------------- safe on disk
 
 
 def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
@@ -193,18 +161,19 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Load a safetensors file; a damaged one raises ValueError with its name."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The text entries of a safetensors file; a damaged one raises ValueError with its name."""
+    return _read(path, lambda file: file.metadata() or {})
+
+
+def _read(path: Path, take: Callable):
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file {path}")
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}
+            return take(file)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error

@@ -1,13 +1,9 @@
 """From images to latents and back: the space in which latent methods work.
 
-A latent is a small image with a few channels that keeps what matters of a large one. The papers'
-codec is the variational autoencoder of Stable Diffusion. Where it is too large, the principal
-components of 4 x 4 patches stand in for it. Codecs see images in [-1, 1], and no other file does.
+The papers' codec is the variational autoencoder of Stable Diffusion; for tiny it is principal
+components of patches. Codecs see images in [-1, 1], and no other file does.
 """
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +33,13 @@ class CodecConfig:
     equalise: float = 0.5  # 0 keeps the variances of the components, 1 makes them all equal
 
 
-class Codec(nn.Module, ABC):
+class Codec(nn.Module):
     """What latent methods need of a codec. It is frozen: no gradient reaches its weights.
 
-    Images are (B, 3, H, W) in [0, 1]; latents are (B, C, H/f, W/f) with a variance of about 1.
+    Images are (B, 3, H, W) in [0, 1]; latents are (B, C, H/f, W/f) with a variance of about 1. A
+    kind of codec says how it learns or loads what it must know (`prepare`) and whether it does
+    (`is_ready`; on the meta device, where nothing has a value, it does), what the `_posterior` of
+    images in [-1, 1] is, and how to `decode` latents to images about in [-1, 1], not clamped.
     """
 
     def __init__(self, config: CodecConfig):
@@ -51,7 +50,11 @@ class Codec(nn.Module, ABC):
         """Mean and standard deviation of the latents of images, stacked: (B, 2C, H/f, W/f)."""
         if not self.is_ready():
             raise ValueError("the codec knows nothing yet: call prepare(dataset), or fit")
-        self.check(*images.shape[-2:])
+        cell = self.config.factor
+        if any(side % cell for side in images.shape[-2:]):
+            raise ValueError(
+                f"images {tuple(images.shape)} do not divide into cells of {cell} pixels"
+            )
         return self._posterior(images * 2 - 1)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -62,34 +65,9 @@ class Codec(nn.Module, ABC):
         """A sample (B, C, H/f, W/f) of the posterior: what training sees."""
         return draw_latent(self.posterior(images), generator)
 
-    @abstractmethod
-    def decode(self, z: Tensor) -> Tensor:
-        """Images of latents (B, C, h, w), about in [-1, 1]: not clamped."""
-
     def picture(self, decoded: Tensor) -> Tensor:
         """What `decode` gives, as pictures in [0, 1]."""
         return ((decoded + 1) / 2).clamp(0, 1)
-
-    @abstractmethod
-    def prepare(self, dataset) -> None:
-        """Learn or load what the codec needs to know before it is used, if it does not yet."""
-
-    @abstractmethod
-    def is_ready(self) -> bool:
-        """Whether it does; on the meta device, where nothing has a value, yes."""
-
-    @abstractmethod
-    def _posterior(self, x: Tensor) -> Tensor:
-        """`posterior` of images in [-1, 1]."""
-
-    def check(self, *sides: int) -> None:
-        """Refuse image sides that do not divide into latent cells."""
-        for side in sides:
-            if side % self.config.factor:
-                raise ValueError(
-                    f"an image of {side} pixels does not divide into latent cells of "
-                    f"{self.config.factor} pixels"
-                )
 
 
 def draw_latent(posterior: Tensor, generator: torch.Generator) -> Tensor:
@@ -133,7 +111,6 @@ class PatchPCA(Codec):
             return
         count, total, square = 0, 0.0, 0.0
         for batch in DataLoader(dataset, batch_size=64):
-            self.check(*batch["image"].shape[-2:])
             patches = self._cut(batch["image"].to(self.mean.device) * 2 - 1)
             patches = patches.transpose(0, 1).flatten(1).double()  # (3f², patches)
             count += patches.shape[1]
@@ -155,7 +132,6 @@ class PatchPCA(Codec):
         return torch.cat([z, torch.zeros_like(z)], 1)  # nothing is left to chance
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images of latents (B, C, h, w), about in [-1, 1]: not clamped."""
         weights = self.components.T * self.spread
         patches = F.conv2d(z, weights[..., None, None], self.mean)
         return F.pixel_shuffle(patches, self.config.factor)
@@ -190,27 +166,17 @@ class KLCodec(Codec):
         return self.ready.is_meta or bool(self.ready)
 
     def prepare(self, dataset) -> None:
-        """Load the published weights; the data set plays no part.
-
-        Raises FileNotFoundError for a name that cannot be reached or a folder that lacks files,
-        and ValueError for an autoencoder that is built in another way than the config says.
-        """
+        """Load the published weights; ValueError if they are not what the config says."""
         if self.is_ready():
             return
-        config, source = self.config, (self.config.pretrained, self.config.subfolder)
-        loaded = load_part(type(self.vae), *source, "autoencoder")
-        if loaded.config.scaling_factor != config.scale:
-            raise ValueError(
-                f"the autoencoder {source[0]!r} scales latents by {loaded.config.scaling_factor}, "
-                f"the config by {config.scale}"
-            )
+        name, scale = self.config.pretrained, self.config.scale
+        loaded = load_part(type(self.vae), name, self.config.subfolder, "autoencoder")
         try:
+            if loaded.config.scaling_factor != scale:
+                raise RuntimeError(f"it scales latents by {loaded.config.scaling_factor}")
             self.vae.load_state_dict(loaded.state_dict())
         except RuntimeError as error:  # names are missing, or shapes differ
-            raise ValueError(
-                f"{source[0]!r} is another autoencoder than the config says: {error}; "
-                "see tools.latents.codec_config_of"
-            ) from error
+            raise ValueError(f"{name!r} is another autoencoder than the config: {error}") from error
         self.ready.fill_(True)
 
     def _posterior(self, x: Tensor) -> Tensor:
@@ -218,5 +184,4 @@ class KLCodec(Codec):
         return self.config.scale * torch.cat([latent.mean, latent.std], 1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images of latents (B, C, h, w), about in [-1, 1]: not clamped."""
         return self.vae.decode(z / self.config.scale).sample

@@ -1,17 +1,14 @@
 """Learning products one after the other, without keeping images of the old ones.
 
-After each task the detector runs over its training images once more, the way it will at inference,
-and what its layers see becomes part of a memory. The next task may then only move weights in
-directions that the old inputs do not feel. How much is forgotten is measured, not assumed.
+After each task the detector runs over its images once more, as at inference, and what its layers
+see becomes part of a memory. The next task may only move weights where old inputs do not feel it.
 """
-
-from __future__ import annotations
 
 import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,8 +19,9 @@ from tqdm.auto import tqdm
 
 from diffad_ref.checkpoints import load_weights, read_tensors, save, write_tensors, write_text
 from diffad_ref.data import AnomalyFolder
-from diffad_ref.detector import Detector, Stage
-from diffad_ref.evaluation import batch_generator, evaluate
+from diffad_ref.detector import Detector
+from diffad_ref.diffusion import seeded
+from diffad_ref.evaluation import evaluate
 from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.metrics import METRICS
 from diffad_ref.training import fit, trained_weights
@@ -41,36 +39,14 @@ PROTECTIONS = {
 HARMLESS = ("save_every", "num_workers", "cpu")  # options of `fit` that may change in between
 
 
-def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
-    """Refuse tasks that are empty or share a category."""
-    if not tasks or not all(tasks):
-        raise ValueError("every task needs at least one category")
-    names = [name for task in tasks for name in task]
-    if shared := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"categories in more than one task: {', '.join(shared)}")
-
-
-# -------------------------------------------------------------------------------------- measures
-
-
 @dataclass
 class Continual:
-    """What a detector could do after each task.
+    """What a detector could do after each task."""
 
-    Attributes
-    ----------
-    tasks : list of list of str
-        Categories in the order in which they were learned.
-    rows : list of dict
-        One for each task (from 0) and each category seen by then: its metrics and "loss", the
-        training loss on test images without a defect.
-    taken : list of dict
-        After each task, for each layer: directions in memory, and directions there are.
-    """
-
-    tasks: list[list[str]]
+    tasks: list[list[str]]  # categories in the order in which they were learned
+    # A task (from 0), a category seen by then, its metrics, and its "loss" on good test images.
     rows: list[dict] = field(default_factory=list)
-    taken: list[dict] = field(default_factory=list)
+    taken: list[dict] = field(default_factory=list)  # by layer: directions in memory, and in all
 
     def values(self, metric: str, category: str) -> list[float]:
         """A metric of a category after each task, from the one in which it was learned."""
@@ -81,10 +57,9 @@ class Continual:
         return _mean(self.values(metric, c)[-1] for task in self.tasks for c in task)  # E1
 
     def forgetting(self, metric: str) -> float:
-        """Mean loss of a metric over the categories learned before the last task (E2).
+        """Mean of best earlier value less last one, of categories before the last task (E2).
 
-        Best value in any earlier task, less the value after the last; for "loss", where small is
-        good, the other way round. Negative if later tasks helped.
+        For "loss", where small is good, the other way round. Negative if later tasks helped.
         """
         if len(self.tasks) < 2:
             raise ValueError("forgetting needs at least two tasks")
@@ -108,20 +83,6 @@ def _mean(values) -> float:
     return math.fsum(values) / max(1, len(values))
 
 
-@torch.no_grad()
-def held_out_loss(detector: Detector, data: AnomalyFolder, seed: int = 0) -> float:
-    """Mean training loss on images that were not trained on, the same noise each time."""
-    losses, detector = [], detector.eval()
-    for number, batch in enumerate(DataLoader(data, batch_size=16)):
-        batch = send_to_device(batch, detector.device)
-        loss = detector(batch, batch_generator(detector.device, seed, number))
-        losses += [loss["noise" if "noise" in loss else "loss"].item()] * len(batch["image"])
-    return _mean(losses)
-
-
-# ------------------------------------------------------------------------------------------ loop
-
-
 def fit_continual(
     detector: Detector,
     root: str | os.PathLike,
@@ -134,7 +95,6 @@ def fit_continual(
     every: int = 1,
     later_rate: float = 1.0,
     later_steps: int | None = None,
-    steps: int | None = None,
     seed: int = 0,
     progress: bool = True,
     **options,
@@ -143,26 +103,19 @@ def fit_continual(
 
     Parameters
     ----------
-    root : path
-        Data in the MVTec layout.
-    tasks : sequence of sequences of categories
-        Such as `tools.protocols.ORDERS["mvtec 10-5"]`.
+    root, tasks
+        Data in the MVTec layout, and categories: `tools.protocols.ORDERS["mvtec 10-5"]`, say.
     out : path
         Folder for the state after each task: "task_1/weights" and so on, for `load`. A run that
-        was interrupted, between tasks or inside one, goes on from there; and so does one that is
-        called again with more tasks.
-    protection : str
-        One of `PROTECTIONS`.
-    gamma, energy
-        Of the `GradientProjectionMemory`.
+        was interrupted goes on from there, and so does one that is called with more tasks.
+    protection, gamma, energy
+        One of `PROTECTIONS`, and the settings of `GradientProjectionMemory`.
     every : int
         Gather over every so-manyth training image; released: 10.
-    later_rate : float
-        Learning rate of every task but the first, as a share of the recipe's. A network that
-        starts from scratch must move far in its first task; later it should not.
-    later_steps : int, optional
-        Steps of every task but the first, instead of `steps`.
-    steps, seed, progress, options
+    later_rate, later_steps
+        `rate` and `steps` of `fit` in every task but the first: a network that starts small must
+        move far in its first task; later it should not.
+    seed, progress, options
         As for `fit`, for each task.
 
     Raises ValueError if tasks are empty or share a category, `out` holds another run, or as `fit`.
@@ -170,93 +123,83 @@ def fit_continual(
     check_tasks(tasks)
     if protection not in PROTECTIONS:
         raise ValueError(f"protection is one of {', '.join(PROTECTIONS)}, not {protection!r}")
-    settings = {"tasks": list(map(list, tasks)), "protection": protection, "gamma": gamma}
-    settings |= {"energy": energy, "every": every, "later_rate": later_rate}
-    settings |= {"later_steps": later_steps, "steps": steps, "seed": seed}
+    result = Continual([list(task) for task in tasks])
+    settings = {"tasks": result.tasks, "protection": protection, "gamma": gamma, "energy": energy}
+    settings |= {"every": every, "later_rate": later_rate, "later_steps": later_steps}
+    settings |= {"seed": seed, "config": asdict(detector.config)}
     settings |= {name: value for name, value in options.items() if name not in HARMLESS}
-    settings["config"] = asdict(detector.config)
     folders = [Path(out) / f"task_{number + 1}" for number in range(len(tasks))]
-    ahead = [t for t, f in zip(tasks, folders, strict=True) if not (f / "result.json").exists()]
-    if ahead:  # what is missing is better known now than hours later
-        AnomalyFolder(root, "train", categories=sum(map(list, ahead), []), cache=False)
+    todo = [number for number, f in enumerate(folders) if not (f / "result.json").exists()]
+    if ahead := [category for number in todo for category in tasks[number]]:
+        AnomalyFolder(root, categories=ahead, cache=False)  # better missed now than hours later
     _same_run(Path(out) / "run.json", settings)
 
     process = PartialState(cpu=options.get("cpu", False))
     detector.to(process.device)  # bases lie beside the weights
     detector.enter(detector.stages[-1])
     memory = GradientProjectionMemory(detector, gamma=gamma, energy=energy)
-    result, stages = Continual(settings["tasks"]), detector.stages
-    try:
-        for number, folder in enumerate(folders):
-            if not (folder / "result.json").exists():
-                detector.stages = stages if not number else [_slower(s, later_rate) for s in stages]
-                _learn(
-                    detector, memory, root, result, number, folder, protection, every,
-                    steps=(later_steps or steps) if number else steps,
-                    seed=seed + number, progress=progress, **options,
-                )  # fmt: skip
-                process.wait_for_everyone()
-            load_weights(detector, trained_weights(folder), folder)
-            detector.categories = tuple(sum(result.tasks[: number + 1], []))
-            memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
-            done = json.loads((folder / "result.json").read_text("utf-8"))
-            result.rows += done["rows"]
-            result.taken.append(done["taken"])
-    finally:
-        detector.stages = stages
+    for number, folder in enumerate(folders):
+        if number in todo:
+            own = options | {"out": folder, "seed": seed + number, "progress": progress}
+            if number:
+                own |= {"rate": later_rate, "steps": later_steps or options.get("steps")}
+            _learn(detector, memory, root, result.tasks[: number + 1], protection, every, own)
+            process.wait_for_everyone()
+        load_weights(detector, trained_weights(folder), folder)
+        detector.categories = tuple(sum(result.tasks[: number + 1], []))
+        memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
+        done = json.loads((folder / "result.json").read_text("utf-8"))
+        result.rows += done["rows"]
+        result.taken.append(done["taken"])
     return result
 
 
-def _learn(detector, memory, root, result, number, folder, protection, every, **options) -> None:
-    """One task: train, gather, extend the memory, judge; the results come to the folder."""
-    task, seen = result.tasks[number], sum(result.tasks[: number + 1], [])
+def _learn(detector, memory, root, tasks, protection: str, every: int, options: dict) -> None:
+    """The last of some tasks: train, gather, extend the memory, judge; results come to `out`."""
+    *before, task = tasks
+    seen, folder, bar = sum(tasks, []), options["out"], options["progress"]
     train = detector.folder(root, "train", categories=task)
-    train.categories = seen  # a class keeps its number for ever
-    if number and protection == "update":
+    as_judged = detector.folder(root, "train", categories=task, **detector.view("test"))
+    train.categories = as_judged.categories = seen  # a class keeps its number for ever
+    if before and protection == "update":
         memory.hold()
 
     def guard(optimizer):
-        if number and protection != "none":
+        if before and protection != "none":
             memory.protect(optimizer, updates=protection == "update", rest="freeze")
 
-    history, taken = fit(detector, train, out=folder, on_optimizer=guard, **options), {}
+    history, taken = fit(detector, train, on_optimizer=guard, **options), {}
     if protection in ("gradient", "update"):
-        as_judged = detector.folder(root, "train", categories=task, **detector.view("test"))
-        as_judged.categories = seen
-        gather(detector, memory, as_judged, every, options["progress"])
+        gather(detector, memory, as_judged, every, bar)
         taken = memory.extend()
     elif protection == "frozen":
         memory.extend_by_nothing()
-    rows = [{"task": number} | row for row in judge(detector, root, seen, options["progress"])]
-    record = {"tasks": result.tasks[: number + 1], "seed": options["seed"]}
-    record |= {"steps": len(history.rows), "final_losses": history.ending()}
-    record["data"] = {"images": len(train), "categories": task}
+    rows = [{"task": len(before)} | row for row in judge(detector, root, seen, bar)]
+    record = {"tasks": tasks, "seed": options["seed"], "steps": len(history.rows)}
+    record |= {"data": {"images": len(train), "categories": task}}
     if PartialState().is_main_process:
-        save(detector, folder / "weights", record, half=True)
+        save(detector, folder / "weights", record | {"final_losses": history.ending()}, half=True)
         write_tensors(memory.state_dict(), folder / "memory.safetensors")
         write_text(json.dumps({"rows": rows, "taken": taken}), folder / "result.json")
 
 
-def _slower(stage: Stage, share: float) -> Stage:
-    """A stage with a share of its learning rates."""
-    rates = {name: replace(rate, peak=rate.peak * share) for name, rate in stage.lr.items()}
-    return replace(stage, lr=rates)
+def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
+    """Refuse tasks that are empty or share a category."""
+    if not tasks or not all(tasks):
+        raise ValueError("every task needs at least one category")
+    names = [name for task in tasks for name in task]
+    if shared := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"categories in more than one task: {', '.join(shared)}")
 
 
 def _same_run(path: Path, settings: dict) -> None:
     """Write down what a folder's run is, or refuse to go on with another; tasks may be added."""
     settings = json.loads(json.dumps(settings))  # as it looks after a round trip
     before = json.loads(path.read_text("utf-8")) if path.exists() else settings
-    more = before | {"tasks": settings["tasks"][: len(before["tasks"])]}
-    different = sorted(
-        n for n in before.keys() | settings
-        if (more[n] != before[n] if n == "tasks" else before.get(n) != settings.get(n))
-    )  # fmt: skip
-    if different:
-        raise ValueError(
-            f"{path.parent} holds another run (different {', '.join(different)}); choose another "
-            "folder, or delete it to start anew"
-        )
+    now = settings | {"tasks": settings["tasks"][: len(before["tasks"])]}
+    if different := sorted(n for n in before.keys() | now if before.get(n) != now.get(n)):
+        found = f"{path.parent} holds another run (different {', '.join(different)})"
+        raise ValueError(f"{found}; choose another folder, or delete it to start anew")
     write_text(json.dumps(settings, indent=1), path)
 
 
@@ -264,16 +207,13 @@ def _same_run(path: Path, settings: dict) -> None:
 def gather(
     detector: Detector, memory, data: AnomalyFolder, every: int = 1, progress: bool = True
 ) -> None:
-    """Run a detector over a task's images as at inference, and let the memory watch.
-
-    Every process takes its share of the images; `memory.extend` brings the shares together.
-    """
+    """Run over a process's share of a task's images as at inference; the memory watches."""
     process = PartialState()
     share = range(0, len(data), every)[process.process_index :: process.num_processes]
     batches = tqdm(DataLoader(Subset(data, share), 16), "gather", disable=not progress)
     with memory.gather():
         for number, batch in enumerate(batches):
-            generator = batch_generator(detector.device, 0, number)
+            generator = seeded(detector.device, 0, number)
             detector.predict(batch["image"], batch["category_index"], generator)
             memory.compress()
 
@@ -283,11 +223,20 @@ def judge(detector: Detector, root, categories: Sequence[str], progress: bool = 
     rows = []
     for category in categories:
         test = detector.folder(root, "test", categories=[category])
-        table = evaluate(detector, test, progress=progress).table
-        values = {
-            name: None if math.isnan(v := table.loc[category, name]) else v for name in METRICS
-        }
+        found = evaluate(detector, test, progress=progress).mean
+        values = {name: None if math.isnan(found[name]) else found[name] for name in METRICS}
         test.categories = list(categories)
         test.samples = [sample for sample in test.samples if sample.kind == "good"]
         rows.append({"category": category, **values, "loss": held_out_loss(detector, test)})
     return rows
+
+
+@torch.no_grad()
+def held_out_loss(detector: Detector, data: AnomalyFolder, seed: int = 0) -> float:
+    """Mean training loss on images that were not trained on, the same noise each time."""
+    losses, detector = [], detector.eval()
+    for number, batch in enumerate(DataLoader(data, batch_size=16)):
+        batch = send_to_device(batch, detector.device)
+        loss = detector(batch, seeded(detector.device, seed, number))
+        losses += [loss["noise" if "noise" in loss else "loss"].item()] * len(batch["image"])
+    return _mean(losses)

@@ -1,7 +1,6 @@
 """What a sample is, and `AnomalyFolder`, which reads samples from the MVTec layout.
 
-Everything that learns or judges eats the dictionaries that come out of here. Whatever is odd about
-a file or a folder (bit depth, alpha, missing masks, no labels) is settled here, once.
+Whatever is odd about a file or a folder (bit depth, missing masks, no labels) is settled here.
 """
 
 from __future__ import annotations
@@ -27,19 +26,15 @@ TEXTURES = frozenset(
 )
 
 EXPECTED_TREE = """\
-<root>/
-  <category>/
+<root>/<category>/             (<root> may also be one such category itself)
     train/good/000.png ...            good images to learn from
     test/good/000.png ...             good images to judge
     test/<defect>/000.png ...         defective images, one folder a kind of defect
     ground_truth/<defect>/000_mask.png ...   optional, white where the defect is
-    texture                           optional, empty: the product is a surface, not an object
-(<root> may also be one such category itself)"""
-
-# ------------------------------------------------------------------------------------------ files
+    texture                           optional, empty: the product is a surface, not an object"""
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: str | Path) -> Image.Image:
     """Decode fully, upright, with depths above 8 bits scaled to 8; ValueError names the file."""
     try:
         with Image.open(path) as file:
@@ -55,7 +50,7 @@ def _open(path: Path) -> Image.Image:
 
 def read_image(path: str | Path) -> Image.Image:
     """Read any supported image file as 8-bit RGB, alpha composited over white."""
-    image = _open(Path(path))
+    image = _open(path)
     if not image.has_transparency_data:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
@@ -64,7 +59,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 def read_mask(path: str | Path) -> np.ndarray:
     """Read a mask file as uint8 (H, W) in {0, 1}: 1 where it exceeds half of full scale."""
-    image = _open(Path(path))
+    image = _open(path)
     if image.mode in ("LA", "RGBA", "P", "PA"):
         image = image.convert("RGB")  # a palette's colours count, not its indices
     return (np.asarray(image.convert("L")) > 127).astype(np.uint8)
@@ -77,7 +72,7 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     pixels that it covers most, so that no defective image loses its mask.
     """
     coverage = Image.fromarray(mask.astype(np.float32))
-    coverage = np.asarray(coverage.resize((size[1], size[0]), Image.Resampling.BOX))
+    coverage = np.asarray(coverage.resize(size[::-1], Image.Resampling.BOX))
     threshold = min(0.5, float(coverage.max()))
     return ((coverage >= threshold - 1e-6) & (coverage > 0)).astype(np.uint8)
 
@@ -85,9 +80,8 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def estimate_foreground(image: np.ndarray) -> np.ndarray:
     """Where the product is, uint8 (H, W) in {0, 1}, guessed from an image, uint8 (H, W, 3).
 
-    The background is taken to be what the border shows: each pixel's distance from the border's
-    median colour is cut by Otsu's threshold, and gaps are closed. If that gives almost nothing or
-    almost everything, the whole image counts.
+    Each pixel's distance from the border's median colour is cut by Otsu's threshold, and gaps are
+    closed. If that gives almost nothing or almost everything, the whole image counts.
     """
     from scipy import ndimage
     from skimage.filters import threshold_otsu
@@ -99,9 +93,6 @@ def estimate_foreground(image: np.ndarray) -> np.ndarray:
     product = ndimage.minimum_filter(product, 2 * reach + 1)  # gaps are closed, a margin is kept
     whole = not 0.05 <= product.mean() <= 0.95
     return np.ones_like(product, np.uint8) if whole else product.astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------------------- folders
 
 
 @dataclass(frozen=True)
@@ -121,54 +112,30 @@ class Record:
 
 
 class AnomalyFolder(Dataset):
-    """Images with their masks from a folder in the MVTec layout.
-
-    A detector gives the sets that fit it: see `Detector.folder`.
+    """Images with their masks from a folder in the MVTec layout; see `Detector.folder`, too.
 
     Parameters
     ----------
     root : path
-        Folder of categories, or one category (it then has a `train` or `test` folder).
+        Folder of categories, or one category, laid out as in `EXPECTED_TREE`.
     split : "train" (good images to learn from) or "test" (good and defective ones to judge)
     image_size : int, (height, width) or None
         Every image is resized to it (antialiased bilinear); None keeps each image's own size.
-    categories : sequence of str, optional
-        Which ones, in the order of `category_index`; by default all of them, sorted.
-    textures : sequence of str, optional
-        Which of them are surfaces without an outline; by default those with a file `texture` in
-        their folder, and the known names in `TEXTURES`.
+    categories, textures : sequence of str, optional
+        Which categories, in the order of `category_index`; by default all, sorted. Which of them
+        are surfaces; by default those with a file `texture`, and the known names in `TEXTURES`.
     foreground : path or "estimate", optional
         Where the product is: a folder that mirrors `root` with masks, or a guess.
     crop : int, optional
-        Keep only the middle of each resized image, so many pixels a side, and of its masks. A
-        label stays what its folder says, even if the defect is cut away.
-    cache : bool
-        Keep decoded images in memory, 4 HW bytes each: decoding would cost more than learning.
+        Keep the middle of each resized image, so many pixels a side. Labels stay as they are.
+    cache, plain
+        Keep decoded images in memory; the category of a `root` without layout (`from_folders`).
 
-    Attributes
-    ----------
-    categories : list of str
-        Where `category_index` points. A longer list may be put in its place: the images of one
-        task then count their categories among those of all tasks.
-    samples : list of Record
-        In sorted order: category, then kind, then file name.
-    has_labels, has_masks : bool
-        False if test images lie loose in one folder; if any defective image lacks its mask.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the root, a folder of the layout or a foreground mask is missing.
-    ValueError
-        If a category is unknown or empty. On access: a damaged file, a mask of another size.
-
-    Notes
-    -----
     `dataset[i]` is a dict: image (3, H, W) float32 in [0, 1], mask (1, H, W) in {0, 1}, label,
     category, category_index, texture, kind, path, and foreground (1, H, W) if it was asked for.
-    Grey images get three equal channels; 16-bit images are scaled to 8; alpha is composited over
-    white. A mask, `000_mask.png` or `000.png`, is defect where it exceeds half of full scale;
-    zeros stand for one that is missing.
+    `has_labels` is False if test images lie loose in one folder, `has_masks` if any defective
+    image lacks its mask, `000_mask.png` or `000.png`; zeros stand for it. `categories` may be
+    replaced by a longer list. What is missing is a FileNotFoundError, what is wrong a ValueError.
     """
 
     def __init__(
@@ -181,85 +148,63 @@ class AnomalyFolder(Dataset):
         foreground: str | Path | None = None,
         crop: int | None = None,
         cache: bool = True,
+        plain: str | None = None,
     ):
         if split not in ("train", "test"):
             raise ValueError(f'split must be "train" or "test", got {split!r}')
-        folders = _category_folders(Path(root))
-        chosen, samples = _select(folders, categories, root), []
-        for category in chosen:
-            folder = folders[category]
-            if split == "train":
-                records = _read_good(folder / "train/good", category)
-            else:
-                records = _read_test(folder / "test", category, folder / "ground_truth")
-            if foreground not in (None, "estimate"):
-                records = _add_foreground(records, folder, Path(foreground) / category)
-            samples += records
-        if textures is None:
-            textures = [c for c in chosen if c in TEXTURES or (folders[c] / "texture").exists()]
-        self._fill(root, split, samples, chosen, textures, image_size, foreground, crop, cache)
-
-    @classmethod
-    def from_folders(
-        cls,
-        good: str | Path | None = None,
-        test: str | Path | None = None,
-        image_size: int | tuple[int, int] | None = 64,
-        category: str = "images",
-        texture: bool | None = None,
-        foreground: str | None = None,
-        crop: int | None = None,
-        cache: bool = True,
-    ) -> AnomalyFolder:
-        """Read one plain folder of images, without a layout and without masks.
-
-        Parameters
-        ----------
-        good, test : path
-            One of the two. Good images give a training set. Images to judge give a test set: its
-            sub-folders name the kinds; without them `has_labels` is False.
-        category : str
-            Its name, the same for both sets.
-        texture : bool, optional
-            Whether the product is a surface that fills the image. A training set that is not told
-            warns, and takes it for an object.
-
-        The rest, and what is raised, as for `AnomalyFolder`.
-        """
-        if (good is None) == (test is None):
-            raise ValueError("from_folders makes one set: give either good=... or test=...")
-        if texture is None and good is not None and category not in TEXTURES:
-            warnings.warn(
-                f"{category!r} is taken for an object on a background; say texture=True for a "
-                "surface that fills the image, or texture=False",
-                stacklevel=2,
-            )
-        read, split, root = (
-            (_read_good, "train", good) if test is None else (_read_test, "test", test)
-        )
-        surface = category in TEXTURES if texture is None else texture
-        self = cls.__new__(cls)  # no layout to look for, so not through __init__
-        textures, records = [category] * surface, read(Path(root), category)
-        self._fill(root, split, records, [category], textures, image_size, foreground, crop, cache)
-        return self
-
-    def _fill(
-        self, root, split, samples, categories, textures, image_size, foreground, crop, cache
-    ) -> None:
-        if unknown := set(textures) - set(categories):
-            raise ValueError(f"textures {sorted(unknown)} are not among {', '.join(categories)}")
-        self.root, self.split, self.samples = Path(root), split, samples
-        self.categories, self.textures = list(categories), frozenset(textures)
-        self.image_size, self.foreground, self.crop = image_size, foreground, crop
+        self.root, self.split, self.crop, self.image_size = Path(root), split, crop, image_size
         self._size = size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"image_size must be positive, a pair or None, got {image_size!r}")
         if crop is not None and (size is None or crop > min(size)):
             raise ValueError(f"cannot crop {crop} pixels from images of size {image_size}")
-        self.has_labels = all(record.kind != "unlabelled" for record in samples)
-        self.has_masks = self.has_labels and all(r.mask_path for r in samples if r.label)
+        self.foreground = foreground
+        folders = {plain: self.root} if plain else _category_folders(self.root)
+        self.categories, self.samples = _select(folders, categories, self.root), []
+        for category in self.categories:
+            folder = folders[category]
+            if split == "train":
+                records = _read_good(folder if plain else folder / "train/good", category)
+            else:
+                truth = None if plain else folder / "ground_truth"
+                records = _read_test(folder if plain else folder / "test", category, truth)
+            if foreground not in (None, "estimate"):
+                records = _add_foreground(records, folder, Path(foreground) / category)
+            self.samples += records
+        marked = {name for name in self.categories if (folders[name] / "texture").is_file()}
+        known = marked | TEXTURES.intersection(self.categories)
+        self.textures = frozenset(known if textures is None else textures)
+        if strange := self.textures.difference(self.categories):
+            raise ValueError(f"no category {sorted(strange)} among {', '.join(self.categories)}")
+        self.has_labels = all(record.kind != "unlabelled" for record in self.samples)
+        self.has_masks = self.has_labels and all(r.mask_path for r in self.samples if r.label)
         self.cache = cache and image_size is not None
         self._cache: dict[Path, dict[str, Tensor]] = {}
+
+    @staticmethod
+    def from_folders(
+        good: str | Path | None = None,
+        test: str | Path | None = None,
+        *,
+        category: str = "images",
+        texture: bool | None = None,
+        **options,
+    ) -> AnomalyFolder:
+        """Read one plain folder of images: either good ones to learn from, or ones to test.
+
+        Sub-folders of `test` name the kinds; without them `has_labels` is False. A training set
+        that is not told whether the product is a texture warns, and takes it for an object. The
+        category's name must be the same in both sets; options are those of `AnomalyFolder`.
+        """
+        if (good is None) == (test is None):
+            raise ValueError("from_folders makes one set: give either good=... or test=...")
+        if texture is not None:
+            options["textures"] = [category] * texture
+        elif good is not None and category not in TEXTURES:
+            words = "say texture=True for a surface that fills the image, or texture=False"
+            warnings.warn(f"{category!r} is taken for an object: {words}", stacklevel=2)
+        root, split = (good, "train") if test is None else (test, "test")
+        return AnomalyFolder(root, split, plain=category, **options)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -285,32 +230,33 @@ class AnomalyFolder(Dataset):
         image = read_image(record.path)
         size = self._size or image.size[::-1]
         small = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))
-        parts = {"image": torch.from_numpy(small).permute(2, 0, 1).contiguous()}
+        parts = {"image": small, "mask": np.zeros(size, np.uint8)}
         for name, path in (("mask", record.mask_path), ("foreground", record.foreground_path)):
             if path is not None:
-                mask = _read_mask_of(record, path, image.size)
-                parts[name] = torch.from_numpy(resize_mask(mask, size))[None]
-        parts.setdefault("mask", torch.zeros(1, *size, dtype=torch.uint8))
+                parts[name] = resize_mask(_read_mask_of(record, path, image.size), size)
         if self.foreground == "estimate":
             whole = record.category in self.textures
-            guess = np.ones(size, np.uint8) if whole else estimate_foreground(small)
-            parts["foreground"] = torch.from_numpy(guess)[None]
+            parts["foreground"] = np.ones(size, np.uint8) if whole else estimate_foreground(small)
         if self.crop is not None:
             rows, columns = (slice((n - self.crop) // 2, (n + self.crop) // 2) for n in size)
-            parts = {name: part[:, rows, columns].contiguous() for name, part in parts.items()}
-        return parts
+            parts = {name: part[rows, columns] for name, part in parts.items()}
+        tensors = {name: torch.from_numpy(np.atleast_3d(part)) for name, part in parts.items()}
+        return {name: part.permute(2, 0, 1).contiguous() for name, part in tensors.items()}
 
 
 def _read_mask_of(record: Record, path: Path, image_size: tuple[int, int]) -> np.ndarray:
     mask = read_mask(path)
     if mask.shape[::-1] != image_size:
-        raise ValueError(
-            f"{path} is {mask.shape[1]}x{mask.shape[0]} pixels, but its image {record.path} is "
-            f"{image_size[0]}x{image_size[1]} (width x height)"
-        )
+        ours, theirs = ("x".join(map(str, size)) for size in (mask.shape[::-1], image_size))
+        raise ValueError(f"{path} has {ours} pixels, but its image {record.path} has {theirs}")
     if not mask.any():
         warnings.warn(f"{path} marks no pixel, its image is {record.kind!r}", stacklevel=2)
     return mask
+
+
+def _missing(what: str, folder: Path) -> FileNotFoundError:
+    near = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    return FileNotFoundError(f"{what}\n{near} holds: {_contents(near)}\nexpected:\n{EXPECTED_TREE}")
 
 
 def _contents(folder: Path) -> str:
@@ -319,34 +265,25 @@ def _contents(folder: Path) -> str:
     return (", ".join(names[:12]) or "nothing") + more
 
 
-def _require_folder(folder: Path) -> None:
+def _entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        near = next(p for p in folder.absolute().parents if p.is_dir())
-        raise FileNotFoundError(
-            f"no folder {folder}\n{near} holds: {_contents(near)}\nexpected:\n{EXPECTED_TREE}"
-        )
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        raise _missing(f"no folder {folder}", folder)
+    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
 def _images(folder: Path) -> list[Path]:
-    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return sorted(p for p in files if p.suffix.lower() in SUFFIXES)
+    return [p for p in _entries(folder) if p.suffix.lower() in SUFFIXES and p.is_file()]
 
 
 def _category_folders(root: Path) -> dict[str, Path]:
-    _require_folder(root)
-    splits = {"train", "test"}
-    if splits & {folder.name for folder in _folders(root)}:
+    def has_split(folder: Path) -> bool:
+        return (folder / "train").is_dir() or (folder / "test").is_dir()
+
+    found = {folder.name: folder for folder in _entries(root) if has_split(folder)}
+    if has_split(root):
         return {root.resolve().name: root}
-    found = {f.name: f for f in _folders(root) if splits & {part.name for part in _folders(f)}}
     if not found:
-        raise FileNotFoundError(
-            f"no category (a folder with train/ or test/) in {root}\n"
-            f"it holds: {_contents(root)}\nexpected:\n{EXPECTED_TREE}"
-        )
+        raise _missing(f"no category (a folder with train/ or test/) in {root}", root)
     return found
 
 
@@ -362,22 +299,16 @@ def _select(folders: dict[str, Path], categories, root: Path) -> list[str]:
 
 
 def _read_good(folder: Path, category: str) -> list[Record]:
-    _require_folder(folder)
-    paths = _images(folder)
-    if not paths:
-        raise ValueError(
-            f"category {category!r} is empty: no image in {folder}, which holds: "
-            f"{_contents(folder)} (image files end in {', '.join(sorted(SUFFIXES))})"
-        )
-    return [Record(path, None, category, "good") for path in paths]
+    if paths := _images(folder):
+        return [Record(path, None, category, "good") for path in paths]
+    known, found = ", ".join(sorted(SUFFIXES)), _contents(folder)
+    raise ValueError(f"category {category!r} is empty: no image ({known}) in {folder}: {found}")
 
 
 def _read_test(folder: Path, category: str, truth: Path | None = None) -> list[Record]:
-    _require_folder(folder)
-    kinds = [kind for kind in _folders(folder) if _images(kind)]
+    kinds, samples = [p for p in _entries(folder) if p.is_dir() and _images(p)], []
     if not kinds:  # loose images: nobody says which of them are good
-        return [Record(r.path, None, category, "unlabelled") for r in _read_good(folder, category)]
-    samples = []
+        return [replace(record, kind="unlabelled") for record in _read_good(folder, category)]
     for kind in kinds:
         masks = {}
         if kind.name != "good" and truth is not None and (truth / kind.name).is_dir():
@@ -390,7 +321,7 @@ def _read_test(folder: Path, category: str, truth: Path | None = None) -> list[R
 
 def _add_foreground(samples: list[Record], folder: Path, foreground: Path) -> list[Record]:
     """Pair each image with the mask at the same place under the foreground folder."""
-    _require_folder(foreground)
+    _entries(foreground)
     files = [p for p in foreground.rglob("*") if p.suffix.lower() in SUFFIXES]
     masks = {p.relative_to(foreground).with_suffix(""): p for p in files}
     keys = [record.path.relative_to(folder).with_suffix("") for record in samples]

@@ -2,15 +2,12 @@
 
 Standard diffusion drowns the whole image in noise and rebuilds all of it. Here only some patches
 of a latent are corrupted in training, and what is learned is the deviation of each place from its
-normal state: zero where nothing is wrong. At inference no noise is added at all. The image itself
-is the starting point, its defect takes the place of the corruption, and a few correction steps
-remove it; normal regions stay. One model serves all classes.
+normal state: zero where nothing is wrong. At inference no noise is added at all: the image's defect
+takes the place of the corruption, and a few correction steps remove it; normal regions stay.
 
 Beizaee, Lodygensky, Desrosiers, Dolz: *Correcting Deviations from Normality*, CVPR 2025,
-arXiv 2503.19357. Formulas C1-C10 are numbered as in the book.
+arXiv 2503.19357. Formulas C1-C10.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +23,9 @@ from diffad_ref.diffusion import Draw, Schedule
 from diffad_ref.maps import clip_and_scale, enlarge, gaussian_filter
 from diffad_ref.networks import LatentUNet
 
-# ---------------------------------------------------------------------------------------- config
-
 # Width, heads and context of the five published networks.
-SIZES = {
-    "XS": (64, 4, 128),
-    "S": (128, 4, 256),
-    "M": (192, 6, 384),
-    "L": (256, 8, 512),
-    "XL": (320, 12, 640),
-}
-
+SIZES = {"XS": (64, 4, 128), "S": (128, 4, 256), "M": (192, 6, 384)}
+SIZES |= {"L": (256, 8, 512), "XL": (320, 12, 640)}
 ODDS = (0.3, 0.25, 0.2, 0.15, 0.1)  # of patches of 1, 2, 4, 8 and 16 latent cells
 PAPER_RATE = Rate(1e-4, "cosine", warmup=284, horizon=1.5)
 
@@ -51,21 +40,17 @@ class Corruption:
     foreign_ratio: tuple[float, float] = (0.0, 0.3)  # share of patches that are foreign, not noise
 
     @classmethod
-    def of_side(cls, side: int) -> Corruption:
+    def of_side(cls, side: int) -> "Corruption":
         """For latents of so many cells a side: powers of 2 that divide it, up to half of it."""
-        table = [(2**k, p) for k, p in enumerate(ODDS) if 2 * 2**k <= side and side % 2**k == 0]
-        total = sum(p for _, p in table)
-        return cls(tuple(size for size, _ in table), tuple(p / total for _, p in table))
+        table = {2**k: p for k, p in enumerate(ODDS) if 2 * 2**k <= side and side % 2**k == 0}
+        return cls(tuple(table), tuple(p / sum(table.values()) for p in table.values()))
 
     def check(self, side: int) -> None:
         """Refuse patches that do not divide latents of so many cells a side."""
-        bad = [patch for patch in self.patch_sizes if side % patch]
-        if bad or not self.patch_sizes:
-            raise ValueError(f"patches of {bad} cells do not divide latents of {side} cells")
-        if len(self.patch_odds) != len(self.patch_sizes):
-            raise ValueError(
-                f"{len(self.patch_sizes)} patch sizes, but {len(self.patch_odds)} odds for them"
-            )
+        sizes, odds = self.patch_sizes, self.patch_odds
+        if not sizes or len(sizes) != len(odds) or any(side % patch for patch in sizes):
+            found = f"patches of {sizes} cells with odds {odds}"
+            raise ValueError(f"{found} do not divide latents of {side} cells, or lack odds")
 
 
 @dataclass(frozen=True)
@@ -102,68 +87,50 @@ class Config:
     )
 
     @classmethod
-    def paper(cls, size: str = "L", image_size: int = 256, **changes) -> Config:
+    def paper(cls, size: str = "L", image_size: int = 256, **changes) -> "Config":
         """The published settings with one of the five networks; L, the paper's, has 395 M."""
         if size not in SIZES:
             raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
-        width, heads, context = SIZES[size]
         paper = cls(
             image_size=image_size,
             resize=image_size * 9 // 8,
-            width=width,
-            heads=heads,
-            context=context,
+            **dict(zip(("width", "heads", "context"), SIZES[size], strict=True)),
             corruption=Corruption.of_side(image_size // CodecConfig().factor),
         )
         return replace(paper, **changes)
 
     @classmethod
-    def tiny(cls, image_size: int = 64, **changes) -> Config:
+    def tiny(cls, image_size: int = 64, **changes) -> "Config":
         """Two CPU cores: latents of 4 x 4 patches, a network of 1.8 M parameters."""
         rate = {"corrector": Rate(5e-4, "cosine", warmup=200)}
+        network = {"width": 32, "multipliers": (1, 2, 2), "blocks": 1, "heads": 2, "context": 64}
+        network |= {"dropout": 0.0, "norm_groups": 8}  # nothing to spare
+        maps = {"image_sigma": 1.0, "latent_sigma": 0.5, "latent_clip": 0.3}
         tiny = cls(
             image_size=image_size,
             resize=image_size,  # no pixel to spare for a margin
             classes=6,
             codec=CodecConfig("pca", channels=12, factor=4),
-            width=32,
-            multipliers=(1, 2, 2),
-            blocks=1,
-            heads=2,
-            context=64,
-            dropout=0.0,  # a small network has nothing to spare
-            norm_groups=8,
+            **network | maps,
             corruption=Corruption.of_side(image_size // 4),
-            image_sigma=1.0,
-            latent_sigma=0.5,
-            latent_clip=0.3,
             stages=(Stage("correction", 12_000, 16, rate, "adamw", 1e-4, clip=1.0),),
         )
         return replace(tiny, **changes)
 
 
 # ------------------------------------------------------------------------------------- corruption
-
-
 def corrupt(z_0: Tensor, eps: Tensor, m: Tensor, abar: Tensor) -> Tensor:
-    """Corrupt a latent where its mask is 0.
+    """Corrupt a latent z_0 (B, C, h, w) with eps (B, C, h, w) where its mask m (B, 1, h, w) is 0.
 
-    Parameters
-    ----------
-    z_0, eps : Tensor (B, C, h, w)
-        Clean latent and what disturbs it.
-    m : Tensor (B, 1, h, w)
-        1 keeps a place as it is.
-    abar : Tensor (B, 1, 1, 1)
-        Signal left in a corrupted place, in [0, 1].
+    A place with m = 1 stays as it is; abar (B, 1, 1, 1) of the signal is left in the others.
     """
     return m * z_0 + (1 - m) * (abar.sqrt() * z_0 + (1 - abar).sqrt() * eps)  # C1
 
 
 def deviation(z_0: Tensor, eps: Tensor, m: Tensor, abar: Tensor) -> Tensor:
-    """Direction in which a corrupted latent deviates from normal; 0 where it does not.
+    """Direction in which a latent, corrupted by `corrupt`, deviates from normal; 0 where m = 1.
 
-    It is made so that z_t = z_0 + sqrt(1 - abar) eta everywhere (C4). Arguments as for `corrupt`.
+    It is made so that z_t = z_0 + sqrt(1 - abar) eta everywhere (C4).
     """
     return (1 - m) * (eps - signal_share(abar) * z_0)  # C3
 
@@ -189,15 +156,7 @@ def shuffle_patches(z: Tensor, patch: int, order: Tensor) -> Tensor:
 
 
 def patch_mask(kept: Tensor, order: Tensor, patch: int, side: int) -> Tensor:
-    """Masks (B, 1, side, side) in {0, 1} that keep some patches of each image.
-
-    Parameters
-    ----------
-    kept : Tensor (B,), long
-        How many patches are kept.
-    order : Tensor (B, n), long
-        A permutation of the n patches of each image; the first are kept.
-    """
+    """Masks (B, 1, side, side): 1 in the first `kept` (B,) patches of an order (B, n)."""
     stays = (torch.arange(order.shape[1], device=order.device) < kept[:, None]).float()
     mask = torch.zeros_like(stays).scatter(1, order, stays).view(len(order), 1, side // patch, -1)
     return mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
@@ -206,15 +165,7 @@ def patch_mask(kept: Tensor, order: Tensor, patch: int, side: int) -> Tensor:
 def draw_corruption(
     z_0: Tensor, settings: Corruption, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw where a batch of latents (B, C, side, side) is disturbed, and by what.
-
-    Returns
-    -------
-    m : Tensor (B, 1, side, side)
-        1 where a latent stays clean.
-    eps : Tensor (B, C, side, side)
-        Gaussian noise, or patches of the batch (C2).
-    """
+    """Where latents (B, C, h, h) stay clean, m (B, 1, h, h), and what disturbs them, eps (C2)."""
     b, side, draw = len(z_0), z_0.shape[-1], Draw(generator, z_0.device)
     odds = torch.tensor(settings.patch_odds, device=generator.device)
     patch = settings.patch_sizes[torch.multinomial(odds, 1, generator=generator).item()]
@@ -230,16 +181,8 @@ def draw_corruption(
 
 
 def moved_crop(images: Tensor, size: int, shift: int, generator: torch.Generator) -> Tensor:
-    """The middle (B, C, size, size) of images, moved by a few pixels in every second one.
-
-    Parameters
-    ----------
-    images : Tensor (B, C, H, H)
-        Images of `size` have no margin to move in: their borders are mirrored.
-    shift : int
-        Largest move on each axis, in pixels.
-    """
-    if images.shape[-1] == size:
+    """The middle (B, C, size, size) of images, moved in every second one; or mirrored."""
+    if images.shape[-1] == size:  # no margin to move in
         images = F.pad(images, [shift] * 4, mode="reflect")
     b, margin = len(images), (images.shape[-1] - size) // 2
     reach, draw = min(shift, margin), Draw(generator, images.device)
@@ -249,8 +192,6 @@ def moved_crop(images: Tensor, size: int, shift: int, generator: torch.Generator
 
 
 # ------------------------------------------------------------------------------------- correction
-
-
 @torch.no_grad()
 def correct(
     model: Callable[[Tensor, Tensor], Tensor],
@@ -268,16 +209,11 @@ def correct(
     z : Tensor (B, C, h, w)
         Latents as they are: what deviates in them takes the place of the corruption.
     times : sequence of int
-        Time steps, falling.
+        Time steps, falling. The latents after every one are returned.
     rescale : bool
         The deviation of a corrupted place depends on the noise level (C3). False, as released,
         keeps the direction. True fits it to the next level: the steps of DDIM, which are exact
         where everything is corrupted.
-
-    Returns
-    -------
-    list of Tensor (B, C, h, w)
-        The latents after every step; the last is the corrected one.
     """
     falling = [len(schedule), *times, -1]
     if not times or falling != sorted(set(falling), reverse=True):
@@ -296,8 +232,6 @@ def correct(
 
 
 # ------------------------------------------------------------------------------------ discrepancy
-
-
 def image_discrepancy(x_hat: Tensor, x_0: Tensor, clip: float = 0.4, sigma: float = 3.0) -> Tensor:
     """How far decoded images (B, 3, H, W) in [-1, 1] lie apart: map (B, H, W) in [0, 1]."""
     difference = (x_hat - x_0).abs().amax(1)
@@ -307,10 +241,7 @@ def image_discrepancy(x_hat: Tensor, x_0: Tensor, clip: float = 0.4, sigma: floa
 def latent_discrepancy(
     z_hat: Tensor, z_0: Tensor, size: int, clip: float = 0.2, sigma: float = 1.0
 ) -> Tensor:
-    """How far latents (B, C, h, w) lie apart, at the image's size: map (B, size, size) in [0, 1].
-
-    Smoothed before it is enlarged; `sigma` counts latent cells.
-    """
+    """How far latents (B, C, h, w) lie apart: map (B, size, size) in [0, 1]; sigma counts cells."""
     difference = (z_hat - z_0).abs().mean(1)
     return enlarge(gaussian_filter(clip_and_scale(difference, clip), sigma), size)  # C8
 
@@ -322,9 +253,8 @@ FUSIONS = {
     "latent": lambda image, latent: latent,
 }
 
+
 # -------------------------------------------------------------------------------------- detector
-
-
 class DecoDiff(Detector):
     """Deviation correction in the latent space of a codec, one model for many classes."""
 
@@ -349,10 +279,8 @@ class DecoDiff(Detector):
         """Train or load the codec, before the first step of a training run."""
         names, classes = getattr(dataset, "categories", ()), self.config.classes
         if len(names) > classes:
-            raise ValueError(
-                f"{len(names)} categories do not fit into a table of {classes} classes; "
-                "build the detector with classes=..."
-            )
+            found = f"{len(names)} categories do not fit into a table of {classes} classes"
+            raise ValueError(f"{found}; build the detector with classes=...")
         self.codec.prepare(dataset)
 
     def training_loss(self, batch, generator):

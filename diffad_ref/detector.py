@@ -1,7 +1,6 @@
 """What every method promises: a loss to train with, and a prediction to judge it by.
 
-`fit`, `evaluate`, the notebooks and the command line know only what stands here. Batches are
-checked here, at the border, so that a method's own file can hold nothing but the method.
+Batches are checked here, at the border, so that a method's file can hold nothing but the method.
 """
 
 from __future__ import annotations
@@ -18,24 +17,12 @@ from diffad_ref.data import AnomalyFolder
 
 @dataclass
 class Prediction:
-    """What a detector says about a batch of images.
+    """What a detector says about a batch of images; the scale of "abnormal" is its own."""
 
-    Attributes
-    ----------
-    anomaly_map : Tensor (B, H, W)
-        How abnormal each pixel is; larger is more abnormal, the scale is the method's own.
-    score : Tensor (B,)
-        How abnormal each image is.
-    reconstruction : Tensor (B, 3, H, W)
-        The image as the method believes it should look, in [0, 1].
-    parts : dict of Tensor
-        What the method looked at on the way (noised image, estimates, …), for pictures.
-    """
-
-    anomaly_map: Tensor
-    score: Tensor
-    reconstruction: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    anomaly_map: Tensor  # (B, H, W) how abnormal each pixel is
+    score: Tensor  # (B,) how abnormal each image is
+    reconstruction: Tensor  # (B, 3, H, W) in [0, 1]: as the image should look
+    parts: dict[str, Tensor] = field(default_factory=dict)  # what it saw on the way, for pictures
 
 
 @dataclass(frozen=True)
@@ -50,20 +37,16 @@ class Rate:
     def at(self, step: int, steps: int) -> float:
         """The rate of step `step` (from 0) in a stage of `steps`.
 
-        "cycle" swings between the peak and 0 with a half-period of 10 steps: what a cosine
-        annealing of period 10 does when it is stepped every iteration, as DiffusionAD's is.
+        "cycle" swings to 0 and back in 20 steps: what a cosine annealing of period 10 does when it
+        is stepped every iteration, as DiffusionAD's is.
         """
         if step < self.warmup:
             return self.peak * (step + 1) / (self.warmup + 1)
-        if self.schedule == "constant":
-            return self.peak
-        if self.schedule == "cosine":
-            share = (step - self.warmup) / max(1, self.horizon * steps - self.warmup)
-        elif self.schedule == "cycle":
-            share = step / 10
-        else:
-            raise ValueError(f"schedule is constant, cosine or cycle, not {self.schedule!r}")
-        return self.peak * 0.5 * (1 + math.cos(math.pi * share))
+        length = max(1, self.horizon * steps - self.warmup)
+        shares = {"constant": 0, "cosine": (step - self.warmup) / length, "cycle": step / 10}
+        if self.schedule not in shares:
+            raise ValueError(f"schedule is one of {', '.join(shares)}, not {self.schedule!r}")
+        return self.peak * 0.5 * (1 + math.cos(math.pi * shares[self.schedule]))
 
 
 @dataclass(frozen=True)
@@ -85,18 +68,11 @@ class Detector(nn.Module, ABC):
     A subclass defines `Config`, a frozen dataclass with `image_size`, `stages`, `tiny()` and
     `paper()`, builds its networks, and implements `training_loss` and `judge`. Its direct
     children are the parts that a `Stage` names.
-
-    Attributes
-    ----------
-    methods : dict
-        Every subclass by its name: what a checkpoint may hold.
-    categories : tuple of str
-        What it was trained on, in the order of `category_index`.
     """
 
-    methods: dict[str, type[Detector]] = {}
     Config: type
-    categories: tuple[str, ...] = ()
+    methods: dict[str, type[Detector]] = {}  # every subclass by name: what a checkpoint may hold
+    categories: tuple[str, ...] = ()  # of the training set, in the order of `category_index`
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -106,10 +82,8 @@ class Detector(nn.Module, ABC):
         super().__init__()
         if not isinstance(config, self.Config):
             name = type(self).__name__
-            raise TypeError(
-                f"how large? {name}.tiny() is for two CPU cores, {name}.paper() is the published "
-                f"size for a GPU, and {name}(config) takes any {name}.Config"
-            )
+            sizes = f"{name}.tiny() is for two CPU cores, {name}.paper() the published size"
+            raise TypeError(f"how large? {sizes}; {name}(config) takes any {name}.Config")
         self.config, self.stages = config, config.stages
 
     @classmethod
@@ -122,22 +96,16 @@ class Detector(nn.Module, ABC):
         """The published size; arguments are those of `Config.paper`."""
         return cls(cls.Config.paper(**changes))
 
-    # ------------------------------------------------------------------------------ for a method
-
     @abstractmethod
     def training_loss(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
         """Scalars of one training step; "loss" is the total that is minimised."""
 
     @abstractmethod
-    def judge(
-        self, x: Tensor, category_index: Tensor | None, generator: torch.Generator
-    ) -> Prediction:
+    def judge(self, x: Tensor, category_index, generator: torch.Generator) -> Prediction:
         """What `predict` does with images that are checked, in evaluation mode."""
 
     def prepare(self, dataset) -> None:
         """Learn or load what must be known before the first step of a training run; mostly none."""
-
-    # ----------------------------------------------------------------------------------- for all
 
     def forward(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Check a batch of training images and compute its loss."""
@@ -148,24 +116,14 @@ class Detector(nn.Module, ABC):
         return self.training_loss(batch, generator)
 
     @torch.no_grad()
-    def predict(
-        self,
-        images: Tensor,
-        category_index: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Prediction:
+    def predict(self, images: Tensor, category_index=None, generator=None) -> Prediction:
         """Judge images (B, 3, H, W) in [0, 1], in evaluation mode whatever the mode was.
 
-        Parameters
-        ----------
-        category_index : Tensor (B,), long, optional
-            Class of each image, as in `categories`, for methods that must know.
-        generator : torch.Generator, optional
-            The same generator gives the same prediction; by default one of seed 0.
+        `category_index` (B,), long, is the class of each image, as in `categories`, for methods
+        that must know. The same `torch.Generator`, by default of seed 0, predicts the same.
         """
         self.check(images, self.config.image_size)
-        generator = generator or torch.Generator().manual_seed(0)
-        training = self.training
+        generator, training = generator or torch.Generator().manual_seed(0), self.training
         try:
             return self.eval().judge(images.to(self.device), category_index, generator)
         finally:
@@ -180,21 +138,17 @@ class Detector(nn.Module, ABC):
             raise ValueError(f"this model was built for {wanted} images, not {height} x {width}")
 
     def classes_of(self, category_index: Tensor | None, count: int) -> Tensor:
-        """The classes (count,), long, of a batch, for methods with a table of `config.classes`.
-
-        Raises ValueError, with the names that are known, for a missing or wrong number of indices
-        and for an index outside the table.
-        """
+        """The classes (count,), long, of a batch, checked against a table of `config.classes`."""
         classes = self.config.classes
         known = f"there are {classes} classes: {list(self.categories)}"
         if category_index is None:
             raise ValueError(f"say which category each image is of (category_index); {known}")
-        indices = torch.as_tensor(category_index, device=self.device)
-        if indices.shape != (count,) or indices.is_floating_point():
+        index = torch.as_tensor(category_index, device=self.device)
+        if index.shape != (count,) or index.is_floating_point():
             raise ValueError(f"expected {count} category indices, got {category_index}; {known}")
-        if indices.min() < 0 or indices.max() >= classes:
-            raise ValueError(f"a category index is unknown: {indices.tolist()}; {known}")
-        return indices.long()
+        if index.min() < 0 or index.max() >= classes:
+            raise ValueError(f"a category index is unknown: {index.tolist()}; {known}")
+        return index.long()
 
     def view(self, split: str) -> dict:
         """Arguments for `AnomalyFolder`: how the images of "train" or "test" must come."""
@@ -213,20 +167,18 @@ class Detector(nn.Module, ABC):
 
     def enter(self, stage: Stage) -> None:
         """Prepare for a stage: the parts that it names learn, all others are frozen."""
-        unknown = set(stage.lr) - {name for name, _ in self.named_children()}
-        if unknown:
-            raise ValueError(f"stage {stage.name!r} trains unknown parts {sorted(unknown)}")
+        parts = dict(self.named_children())
+        if unknown := sorted(stage.lr.keys() - parts):
+            raise ValueError(f"stage {stage.name!r} trains unknown parts {unknown}")
         self.stage = stage
-        for name, part in self.named_children():
+        for name, part in parts.items():
             part.requires_grad_(name in stage.lr)
 
     def parameter_groups(self) -> list[dict]:
         """What the optimiser trains in the current stage, each part with its rate."""
-        parts = dict(self.named_children())
-        return [
-            {"name": name, "params": list(parts[name].parameters()), "lr": rate.peak}
-            for name, rate in self.stage.lr.items()
-        ]
+        parts, rates = dict(self.named_children()), self.stage.lr
+        groups = {name: {"name": name, "lr": rate.peak} for name, rate in rates.items()}
+        return [group | {"params": list(parts[n].parameters())} for n, group in groups.items()]
 
     @property
     def device(self) -> torch.device:
@@ -235,23 +187,18 @@ class Detector(nn.Module, ABC):
 
 
 def check_images(images: Tensor, name: str = "images") -> None:
-    """Refuse what is not a batch of images (B, 3, H, W), floating point, in [0, 1].
-
-    Raises ValueError, which begins with `name`, for another type, shape or dtype, an empty batch,
-    NaN, and values outside [0, 1] (up to 1e-4, which resampling may cost).
-    """
+    """Refuse what is no batch (B, 3, H, W), floating point, in [0, 1] (to 1e-4, for resampling)."""
     if not isinstance(images, Tensor):
         raise ValueError(f"{name}: expected a tensor (B, 3, H, W), got {type(images).__name__}")
-    if images.ndim != 4 or images.shape[1] != 3:
+    shape = tuple(images.shape)
+    if images.ndim != 4 or shape[1] != 3:
         hint = "; add the batch dimension with images[None]" if images.ndim == 3 else ""
-        raise ValueError(f"{name}: expected shape (B, 3, H, W), got {tuple(images.shape)}{hint}")
+        raise ValueError(f"{name}: expected shape (B, 3, H, W), got {shape}{hint}")
     if images.numel() == 0:
-        raise ValueError(f"{name}: the batch is empty, shape {tuple(images.shape)}")
+        raise ValueError(f"{name}: the batch is empty, shape {shape}")
     if not images.is_floating_point():
-        raise ValueError(
-            f"{name}: expected float32 in [0, 1], got {images.dtype}; "
-            "convert with images.float() / 255 if these are bytes"
-        )
+        hint = "convert with images.float() / 255 if these are bytes"
+        raise ValueError(f"{name}: expected float32 in [0, 1], got {images.dtype}; {hint}")
     low, high = torch.stack(images.aminmax()).tolist()
     if not math.isfinite(high - low):
         bad = [i for i, image in enumerate(images) if not torch.isfinite(image).all()]

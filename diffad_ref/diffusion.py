@@ -10,18 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-
-# -------------------------------------------------------------------------------- random numbers
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers of one generator, handed over on the device where they are needed.
-
-    They are drawn where the generator lives, so that a seed means the same numbers everywhere.
-    """
+    """Random numbers of a generator, drawn where it lives, so that a seed means one thing."""
 
     generator: torch.Generator
     device: torch.device | str = "cpu"
@@ -47,7 +43,10 @@ class Draw:
         return kind(*arguments, generator=self.generator, device=where).to(self.device)
 
 
-# ------------------------------------------------------------------------------------- schedules
+def seeded(device, *key: int) -> torch.Generator:
+    """A generator for a seed and a place in the work, well mixed: neighbours share no noise."""
+    mixed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(mixed)
 
 
 def linear_betas(steps: int = 1000) -> Tensor:
@@ -73,16 +72,10 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "scaled_linear": sc
 
 @dataclass(frozen=True)
 class Schedule:
-    """A forward process.
+    """A forward process of T steps, in float64."""
 
-    Attributes
-    ----------
-    betas, abar : Tensor (T,), float64
-        Noise added at each step; signal left after it.
-    """
-
-    betas: Tensor
-    abar: Tensor
+    betas: Tensor  # (T,) noise added at each step
+    abar: Tensor  # (T,) signal left after it
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> Schedule:
@@ -104,29 +97,17 @@ class Schedule:
         return self.abar.to(t.device)[t].float().view(-1, 1, 1, 1)
 
 
-# ----------------------------------------------------------------------------------- closed form
-
-
 def add_noise(x0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
     """Jump from a clean image to step t at once.
 
-    Parameters
-    ----------
-    x0, eps : Tensor (B, C, H, W)
-        Clean image and standard Gaussian noise.
-    abar : Tensor (B, 1, 1, 1)
-        Signal left at the wanted step, in (0, 1].
-
-    Source: DiffusionAD, forward process.
+    x0 and eps are a clean image and standard Gaussian noise (B, C, H, W), abar (B, 1, 1, 1) the
+    signal left at that step, in (0, 1]. Source: DiffusionAD, forward process.
     """
     return abar.sqrt() * x0 + (1 - abar).sqrt() * eps  # D1
 
 
 def predict_x0(x_t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
-    """Undo `add_noise` in one step, given the noise (B, C, H, W) that a model predicts.
-
-    Not clamped. Source: DiffusionAD, one-step denoising.
-    """
+    """Undo `add_noise` in one step, given the predicted noise (B, C, H, W); not clamped."""
     return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()  # D2
 
 
@@ -135,29 +116,17 @@ def implied_noise(x_t: Tensor, x0: Tensor, abar: Tensor) -> Tensor:
     return (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()  # D1, solved for eps
 
 
-# ------------------------------------------------------------------------------------------ DDIM
-
-
 def ddim_step(x0: Tensor, eps: Tensor, abar_prev: Tensor) -> Tensor:
     """One deterministic step (eta = 0): the estimate, noised again to the earlier level.
 
-    Parameters
-    ----------
-    x0, eps : Tensor (B, C, H, W)
-        Estimated image and estimated noise at the current level.
-    abar_prev : Tensor (B, 1, 1, 1)
-        Signal left at the earlier level; 1 ends at the estimate itself.
-
-    Source: Song et al. 2021, equation 12.
+    Both are (B, C, H, W), at the current level; `abar_prev` (B, 1, 1, 1) is the signal left at the
+    earlier one, 1 ends at the estimate itself. Source: Song et al. 2021, equation 12.
     """
     return add_noise(x0, eps, abar_prev)
 
 
 def ddim_times(total: int, count: int) -> list[int]:
-    """Time steps of latent diffusion's sampler, falling: 901, 801, ..., 1 for 10 of 1000.
-
-    The stride is total // count; a count that does not divide the total gives more steps.
-    """
+    """Latent diffusion's time steps, falling by total // count: 901, 801, ..., 1 for 10 of 1000."""
     if not 1 <= count <= total:
         raise ValueError(f"{count} steps do not fit into {total}")
     return [t + 1 for t in range(0, total, total // count)][::-1]
@@ -173,21 +142,10 @@ def ddim_walk(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Walk deterministically from noise to an image (or latent).
 
-    Parameters
-    ----------
-    denoiser : callable (x_t, t) -> eps
-    x_t : Tensor (B, C, H, W)
-        Noised to the first of the times.
-    times : sequence of int
-        Time steps, falling.
-    abar_end : float
-        Signal left after the last step: 1 ends at the estimate itself; latent diffusion ends at
-        the first level of its schedule.
-
-    Returns
-    -------
-    states, estimates : lists of Tensor
-        x after each step, and the clean x estimated in it.
+    `denoiser` (x_t, t) -> eps is asked at the falling `times`; x_t (B, C, H, W) is noised to the
+    first of them. After the last step `abar_end` of the signal is left: 1 ends at the estimate
+    itself, latent diffusion at the first level of its schedule. Returns x after each step, and the
+    clean x estimated in it.
     """
     levels = [torch.full((len(x_t),), t, device=x_t.device) for t in times]
     abars = [schedule.at(t) for t in levels]

@@ -5,11 +5,9 @@ has seen only normal images turns it back into a normal one ("noise-to-norm"). O
 a small noise level keeps detail but may keep the defect, a large one loses both, and norm guidance
 blends the two. A segmentation network then compares the image with its reconstruction.
 
-Zhang, Wang, Zeng, Wu, Jiang: *DiffusionAD*, TPAMI 2025, arXiv 2303.08730. Formulas D1-D12 are
-numbered as in the book; D1 and D2 stand in `diffusion.py`, D12 in `anomalies.py`.
+Zhang, Wang, Zeng, Wu, Jiang: *DiffusionAD*, TPAMI 2025, arXiv 2303.08730. Formulas D1-D12; D1 and
+D2 stand in `diffusion.py`, D12 in `anomalies.py`.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
@@ -22,8 +20,6 @@ from diffad_ref.anomalies import Synthesis, synthesize, texture_bank
 from diffad_ref.detector import Detector, Prediction, Rate, Stage
 from diffad_ref.diffusion import Draw, Schedule, add_noise, implied_noise, predict_x0
 from diffad_ref.networks import adm_unet
-
-# ---------------------------------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
@@ -62,59 +58,41 @@ class Config:
     foreground: str = "whole"  # image, or "estimate" the product: a tiny model wastes nothing
 
     @classmethod
-    def paper(cls, **changes) -> Config:
+    def paper(cls, **changes) -> "Config":
         """The published size and settings: 131.7 M + 28.4 M parameters."""
         return replace(cls(), **changes)
 
     @classmethod
-    def tiny(cls, image_size: int = 64, **changes) -> Config:
+    def tiny(cls, image_size: int = 64, **changes) -> "Config":
         """Two CPU cores: a denoiser on 32 x 32 patches, trained first; then the comparison."""
+        together = {"denoiser": Rate(2e-5, "cosine", 20), "segmenter": Rate(2e-4, "cosine", 20)}
+        size = {"width": 32, "multipliers": (1, 2, 3), "blocks": 1, "attention_levels": (2,)}
+        size |= {"norm_groups": 8, "segmentation_width": 12}
         tiny = cls(
             image_size=image_size,
-            width=32,
-            multipliers=(1, 2, 3),
-            blocks=1,
-            attention_levels=(2,),
-            norm_groups=8,
-            segmentation_width=12,
+            **size,
             t_s_range=(100, 300),  # what is less noisy keeps every defect
             t_b_range=(300, 600),  # what is noisier shows nothing of a 64-pixel image
             synthesis=Synthesis(max_exponent=3, threshold=0.4, p_match=0.4, p_flat=0.2),
             stages=(
                 Stage("denoiser", 4500, 8, {"denoiser": Rate(5e-4, "cosine", 100)}, clip=1.0),
                 Stage("segmentation", 2000, 16, {"segmenter": Rate(1e-3, "cosine", 50)}, clip=1.0),
-                Stage(
-                    "joint",
-                    400,
-                    8,
-                    {"denoiser": Rate(2e-5, "cosine", 20), "segmenter": Rate(2e-4, "cosine", 20)},
-                    clip=1.0,
-                ),
+                Stage("joint", 400, 8, together, clip=1.0),
             ),
             patch_size=max(1, image_size // 32),
             predicts="image",
-            segmentation_norm="group",
-            draws=8,
-            foreground="estimate",
+            **{"segmentation_norm": "group", "draws": 8, "foreground": "estimate"},
         )
         return replace(tiny, **changes)
 
 
 # -------------------------------------------------------------------------------------- networks
-
-
 class Denoiser(nn.Module):
     """Predicts the noise in an image.
 
-    Parameters
-    ----------
-    unet : UNet2DModel
-        With 3 p² channels in and out.
-    patch_size : int
-        p: the U-Net works on a p times smaller image with p² times the channels.
-    schedule : Schedule, optional
-        If given, the U-Net puts out the clean image, and the noise follows from it. Noise has no
-        structure that a narrow network could squeeze through few channels; an image has.
+    With a patch size p the U-Net works on a p times smaller image with p² times the channels. With
+    a schedule it puts out the clean image, and the noise follows from it: noise has no structure
+    that a narrow network could squeeze through few channels; an image has.
     """
 
     def __init__(self, unet: nn.Module, patch_size: int = 1, schedule: Schedule | None = None):
@@ -131,14 +109,8 @@ class Denoiser(nn.Module):
 class SegmentationNet(nn.Module):
     """U-Net with six encoder and five decoder stages that compares two images.
 
-    Parameters
-    ----------
-    in_channels : int
-        Two RGB images: 6.
-    width : int
-        Channels of the first stage; the others have 2, 4, 8, 8 and 8 times as many.
-    norm : "batch" or "group"
-        Of what is between convolution and ReLU.
+    The first stage has `width` channels, the others 2, 4, 8, 8 and 8 times as many; "batch" or
+    "group" is the normalisation between convolution and ReLU.
     """
 
     def __init__(self, in_channels: int = 6, width: int = 64, norm: str = "batch"):
@@ -177,8 +149,6 @@ class SegmentationNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------- noise to norm
-
-
 @dataclass
 class NoiseToNorm:
     """All steps from an image to its normal version; every tensor is (B, 3, H, W)."""
@@ -194,14 +164,7 @@ class NoiseToNorm:
 
 
 def noise_to_norm(
-    denoiser: nn.Module,
-    x: Tensor,
-    t_s: Tensor,
-    t_b: Tensor,
-    noise_s: Tensor,
-    noise_b: Tensor,
-    schedule: Schedule,
-    w: float = 1.0,
+    denoiser, x, t_s, t_b, noise_s, noise_b, schedule: Schedule, w: float = 1.0
 ) -> NoiseToNorm:
     """Rebuild the normal image from two noise levels, each in one step (D1-D6).
 
@@ -229,20 +192,13 @@ def noise_to_norm(
 
 
 # ------------------------------------------------------------------------------ losses and score
-
-
 def noise_loss(
     eps_s: Tensor, eps_b: Tensor, noise_s: Tensor, noise_b: Tensor, label: Tensor
 ) -> Tensor:
-    """Squared error of the predicted noise at both scales, over normal images only (D8).
+    """Squared error of the predicted noise at both scales, over images with label (B,) 0 (D8).
 
     An image with a synthetic anomaly must not teach the denoiser what is normal. A batch without
     a normal image gives 0, with gradients that are 0; a loss that diverges still shows as NaN.
-
-    Parameters
-    ----------
-    label : Tensor (B,)
-        0 for normal images, 1 for anomalous ones.
     """
     error = (eps_s - noise_s).square().mean((1, 2, 3)) + (eps_b - noise_b).square().mean((1, 2, 3))
     normal = 1 - label
@@ -261,10 +217,7 @@ def mask_loss(prediction: Tensor, mask: Tensor) -> Tensor:
 
 
 def top_k_mean(maps: Tensor, k: int = 50) -> Tensor:
-    """Score each image (B,) by the mean of the k largest pixels of its map (B, H, W) (D11).
-
-    A single pixel is noise and the mean of all pixels forgets a small defect; this lies between.
-    """
+    """Score each image (B,) by the mean of the k largest pixels of its map (B, H, W) (D11)."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     pixels = torch.as_tensor(maps).flatten(1)
@@ -272,16 +225,11 @@ def top_k_mean(maps: Tensor, k: int = 50) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- detector
-
-
 class DiffusionAD(Detector):
     """Noise-to-norm reconstruction and segmentation, trained on normal images alone.
 
-    Attributes
-    ----------
-    textures : Tensor (K, 3, S, S), uint8
-        Foreign textures for synthetic anomalies, from `anomalies.texture_bank`; unless they are
-        set, the built-in photographs.
+    `textures` (K, 3, S, S), uint8, for synthetic anomalies are the built-in photographs of
+    `anomalies.texture_bank`, unless they are set.
     """
 
     Config = Config
@@ -298,15 +246,9 @@ class DiffusionAD(Detector):
         if config.draws < 1:
             raise ValueError(f"draws must be at least 1, not {config.draws}")
         self.schedule = Schedule.named(config.schedule, config.steps)
-        unet = adm_unet(
-            3 * config.patch_size**2,
-            config.width,
-            config.multipliers,
-            config.blocks,
-            config.attention_levels,
-            config.heads,
-            norm_groups=config.norm_groups,
-        )
+        size = config.width, config.multipliers, config.blocks, config.attention_levels
+        channels = 3 * config.patch_size**2
+        unet = adm_unet(channels, *size, config.heads, norm_groups=config.norm_groups)
         behind = {"noise": None, "image": self.schedule}[config.predicts]
         self.denoiser = Denoiser(unet, config.patch_size, behind)
         self.segmenter = SegmentationNet(6, config.segmentation_width, config.segmentation_norm)

@@ -1,8 +1,4 @@
-"""Run a detector over a data set and put its numbers into tables.
-
-Every method and baseline is judged here, by the same metrics over the same images. Numbers are
-kept as fractions; `tools.tables` shows them in per cent.
-"""
+"""Run a detector over a data set and put its numbers, as fractions, into tables."""
 
 from __future__ import annotations
 
@@ -18,55 +14,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffad_ref.diffusion import seeded
 from diffad_ref.metrics import METRICS, image_metrics, pixel_metrics
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
-
-class Exact:
-    """The metrics as they should be; `tools.protocols` has them as the released codes make them."""
-
-    name = "exact"
-
-    def image_metrics(self, maps: Tensor, scores: np.ndarray, labels: np.ndarray) -> dict:
-        """Of maps (N, H, W), scores and labels (N,)."""
-        return image_metrics(scores, labels)
-
-    def pixel_metrics(self, maps: Tensor, masks: Tensor) -> dict:
-        """Of maps and masks (N, H, W)."""
-        return pixel_metrics(maps, masks)
+    from pandas import DataFrame  # loaded where it is used: it takes its time
 
 
 @dataclass(repr=False)
 class Report:
-    """What `evaluate` found. Metrics are fractions in [0, 1], NaN where they are not defined.
+    """What `evaluate` found. Metrics are fractions in [0, 1], NaN where they are not defined."""
 
-    Attributes
-    ----------
-    table : DataFrame
-        A row for each category, and the "mean": n_good, n_defective, and the seven `METRICS`.
-    kinds : DataFrame
-        The same for each (category, kind) of defect, against the good images of its category.
-    images : DataFrame
-        path (inside the data set), category, kind, label and score of each image, in its order.
-    detector, protocol : str
-        Name of its class, and how the metrics were made.
-    seconds_per_image : float
-        Time spent in `predict`.
-    maps, masks : Tensor (N, H, W) or None
-        Anomaly maps (float32) and masks (bool) on the CPU; not saved.
-    """
-
-    table: DataFrame
-    kinds: DataFrame
-    images: DataFrame
-    detector: str
-    protocol: str = "exact"
+    table: DataFrame  # by category, and the "mean": n_good, n_defective, and the seven METRICS
+    kinds: DataFrame  # the same by (category, kind) of defect, against the category's good images
+    images: DataFrame  # path (inside the data set), category, kind, label, score
+    detector: str  # name of its class
+    protocol: str = "exact"  # how the metrics were made
     seed: int = 0
-    seconds_per_image: float = float("nan")
-    maps: Tensor | None = field(default=None, compare=False)
-    masks: Tensor | None = field(default=None, compare=False)
+    seconds_per_image: float = float("nan")  # spent in `predict`
+    maps: Tensor | None = field(default=None, compare=False)  # (N, H, W) on the CPU; not saved
+    masks: Tensor | None = field(default=None, compare=False)  # (N, H, W), bool
 
     @property
     def mean(self) -> dict[str, float]:
@@ -74,20 +41,14 @@ class Report:
         return self.table.loc["mean"].to_dict()
 
     def __repr__(self) -> str:
-        note = f"{self.detector}, {self.seconds_per_image:.3g} s per image, {self.protocol} metrics"
-        return f"{self.table.to_string(float_format='{:.3f}'.format)}\n{note}"
+        return self.table.to_string(float_format="{:.3f}".format)
 
     def _repr_html_(self) -> str:
         return self.table.to_html(float_format="{:.3f}".format)
 
 
 def evaluate(
-    detector,
-    dataset,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: bool = True,
-    protocol: Exact | None = None,
+    detector, dataset, batch_size: int = 32, seed: int = 0, progress: bool = True, protocol=None
 ) -> Report:
     """Judge a detector on a data set with good and defective images.
 
@@ -97,68 +58,49 @@ def evaluate(
         Anything with its `predict` contract, used on its own device. If it names its `categories`,
         each image is passed with the index that its category has *there*.
     dataset : Dataset
-        Gives samples as `AnomalyFolder` does. The masks of defective images may be empty or
-        absent: then only image metrics are computed.
+        Samples as of `AnomalyFolder`; without masks only image metrics are computed.
     seed : int
-        Every batch draws its noise from a generator that follows from this and the batch's
-        number, so the same seed and batch size give the same report on the same machine.
+        Of the noise: the same seed and batch size give the same report on the same machine.
     protocol : optional
-        Judges the same maps as a released code does, to compare with a paper's table like with
-        like: one of `tools.protocols.PROTOCOLS`.
+        One of `tools.protocols.PROTOCOLS`: judge as a released code does.
 
-    Raises
-    ------
-    ValueError
-        Empty data set; no defective or no good image at all; unlabelled images; a category that
-        the detector does not know; NaN or a wrong shape in what the detector returns.
+    Raises ValueError for no or unlabelled images, only good or only defective ones, a category that
+    the detector does not know, and NaN or a wrong shape in what it returns.
     """
-    from pandas import DataFrame
-
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there is nothing to evaluate")
-    protocol = protocol or Exact()
-    rows, maps, masks, seconds = _predict_all(detector, dataset, batch_size, seed, progress)
-    images = DataFrame(rows)
-    table, kinds = _tables(images, maps, masks, protocol)
-    return Report(
-        table,
-        kinds,
-        images,
-        detector=type(detector).__name__,
-        protocol=protocol.name,
-        seed=seed,
-        seconds_per_image=seconds / len(images),
-        maps=maps,
-        masks=masks,
-    )
+    images, maps, masks, seconds = _predict_all(detector, dataset, batch_size, seed, progress)
+    tables = _tables(images, maps, masks, protocol)
+    name, way = type(detector).__name__, protocol.name if protocol else "exact"
+    return Report(*tables, images, name, way, seed, seconds / len(images), maps, masks)
 
 
 def _predict_all(detector, dataset, batch_size: int, seed: int, progress: bool):
-    """Records of all images, maps (N, H, W), masks (N, H, W) and the seconds it took."""
-    device, root = detector.device, getattr(dataset, "root", None)
+    """A row for each image, maps (N, H, W), masks (N, H, W) and the seconds it took."""
+    from pandas import DataFrame, concat
+
+    device, known = detector.device, list(getattr(detector, "categories", ()))
     rows, maps, masks, seconds = [], [], [], 0.0
     batches = tqdm(DataLoader(dataset, batch_size), "evaluate", disable=not progress)
     for number, batch in enumerate(batches):
         if "unlabelled" in batch["kind"]:
             raise ValueError("the images are unlabelled: they can be predicted, not evaluated")
-        x, index = batch["image"].to(device), _category_index(detector, batch).to(device)
+        if strange := sorted(set(batch["category"]) - set(known or batch["category"])):
+            raise ValueError(f"the detector never saw {strange}; it knows {known}")
+        index = [known.index(c) for c in batch["category"]] if known else batch["category_index"]
+        x, index = batch["image"].to(device), torch.as_tensor(index, device=device)
         start = _now(device)
-        prediction = detector.predict(x, index, batch_generator(device, seed, number))
+        prediction = detector.predict(x, index, seeded(device, seed, number))
         seconds += _now(device) - start
         _check(prediction, batch)
         maps.append(prediction.anomaly_map.float().cpu())
-        masks.append(
-            batch["mask"][:, 0] > 0.5 if "mask" in batch else torch.zeros_like(maps[-1]) > 0
-        )
-        columns = {name: batch[name] for name in ("path", "category", "kind") if name in batch}
-        columns |= {"label": batch["label"].tolist(), "score": prediction.score.tolist()}
-        rows += [
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-        ]
-    if root is not None:  # a report may travel
-        for row in rows:
-            row["path"] = Path(row["path"]).relative_to(root).as_posix()
-    return rows, torch.cat(maps), torch.cat(masks), seconds
+        masks.append(batch.get("mask", 0 * maps[-1][:, None])[:, 0] > 0.5)
+        row = {name: batch[name] for name in ("path", "category", "kind") if name in batch}
+        rows.append(row | {"label": batch["label"], "score": prediction.score.cpu()})
+    images = concat([DataFrame(row) for row in rows], ignore_index=True)
+    if root := getattr(dataset, "root", None):  # a report may travel
+        images["path"] = [Path(path).relative_to(root).as_posix() for path in images["path"]]
+    return images, torch.cat(maps), torch.cat(masks), seconds
 
 
 def _tables(images: DataFrame, maps: Tensor, masks: Tensor, protocol) -> tuple:
@@ -167,70 +109,48 @@ def _tables(images: DataFrame, maps: Tensor, masks: Tensor, protocol) -> tuple:
 
     category, kind, score = (images[name].to_numpy() for name in ("category", "kind", "score"))
     bad, masked = (images["label"] == 1).to_numpy(), masks.flatten(1).any(1).numpy()
+    names, lost = sorted(set(category)), bad & ~masked
     if bad.all() or not bad.any():
-        lack, names = "good" if bad.all() else "defective", ", ".join(sorted(set(category)))
-        raise ValueError(
-            f"no {lack} image among the {len(images)} of {names}: evaluation needs both; is this "
-            "the test split?"
-        )
-    if (bad & ~masked).any() and masked.any():
-        names = ", ".join(sorted(set(category[bad & ~masked])))
-        warnings.warn(
-            f"{(bad & ~masked).sum()} of {bad.sum()} defective images have no mask ({names}): "
-            "pixel metrics leave them out",
-            stacklevel=3,
-        )
+        lack = f"no {'good' if bad.all() else 'defective'} image among the {len(images)}"
+        raise ValueError(f"{lack} of {', '.join(names)}: is this the test split?")
+    if lost.any() and masked.any():
+        where = ", ".join(sorted(set(category[lost])))
+        words = f"{lost.sum()} of {bad.sum()} defective images have no mask ({where})"
+        warnings.warn(f"{words}: pixel metrics leave them out", stacklevel=3)
 
     def judge(chosen: np.ndarray, **row) -> dict:
         row |= {"n_good": (chosen & ~bad).sum(), "n_defective": (chosen & bad).sum()}
         row |= dict.fromkeys(METRICS, float("nan"))
         if row["n_good"] and row["n_defective"]:
-            row |= protocol.image_metrics(maps[chosen], score[chosen], bad[chosen])
-        known = chosen & (~bad | masked)
+            of_maps = protocol and protocol.image_metrics(maps[chosen], score[chosen], bad[chosen])
+            row |= of_maps or image_metrics(score[chosen], bad[chosen])
+        known = chosen & ~lost
         if masks[known].any() and not masks[known].all():
-            row |= protocol.pixel_metrics(maps[known], masks[known])
+            of_pixels = protocol.pixel_metrics if protocol else pixel_metrics
+            row |= of_pixels(maps[known], masks[known])
         return row
 
-    names = sorted(set(category))
     table = DataFrame(judge(category == c, category=c) for c in names).set_index("category")
-    mean = table.mean() | table[["n_good", "n_defective"]].sum()
-    table.loc["mean"] = [mean[column] for column in table]
-    kinds = []
-    for c in names:
-        for k in sorted(set(kind[bad & (category == c)])):
-            rivals = (category == c) & (~bad | (kind == k))
-            kinds.append(judge(rivals, category=c, kind=k))
+    counts = ["n_good", "n_defective"]
+    table.loc["mean"] = table.mean().where(~table.columns.isin(counts), table.sum())
+    kinds = [
+        judge((category == c) & (~bad | (kind == k)), category=c, kind=k)
+        for c in names
+        for k in sorted(set(kind[bad & (category == c)]))
+    ]
     return table, DataFrame(kinds).set_index(["category", "kind"])
-
-
-def _category_index(detector, batch: dict) -> Tensor:
-    known = list(getattr(detector, "categories", ()))
-    if not known:
-        return torch.as_tensor(batch["category_index"])
-    unknown = sorted(set(batch["category"]) - set(known))
-    if unknown:
-        raise ValueError(f"the detector never saw {unknown}; it knows {known}")
-    return torch.tensor([known.index(category) for category in batch["category"]])
 
 
 def _check(prediction, batch: dict) -> None:
     count, _, height, width = batch["image"].shape
     maps, scores = prediction.anomaly_map, prediction.score
     if maps.shape != (count, height, width) or scores.shape != (count,):
-        raise ValueError(
-            f"expected maps {(count, height, width)} and scores {(count,)}, the detector returned "
-            f"{tuple(maps.shape)} and {tuple(scores.shape)}"
-        )
+        found = f"maps {tuple(maps.shape)} and scores {tuple(scores.shape)}"
+        raise ValueError(f"the detector returned {found}; expected maps {(count, height, width)}")
     broken = (maps.flatten(1).isnan().any(1) | scores.isnan()).tolist()
     if any(broken):
         names = sorted({c for c, b in zip(batch["category"], broken, strict=True) if b})
         raise ValueError(f"the detector returned NaN for images of {', '.join(names)}")
-
-
-def batch_generator(device, seed: int, number: int) -> torch.Generator:
-    """Mix seed and number well: neighbouring seeds must not share batches of noise."""
-    mixed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    return torch.Generator(device).manual_seed(mixed)
 
 
 def _now(device: torch.device) -> float:

@@ -4,17 +4,13 @@ A layer multiplies its input by a matrix W. If the inputs of old tasks lie in a 
 change of W that is orthogonal to it leaves W x as it was for every old x. So we keep a basis M of
 that subspace for each layer, and take out of every later step what lies in it (G4, G5).
 
-What a layer sees is collected by an iterative SVD (`iterative_svd.py`).
-
-Saha, Garg, Roy: *Gradient Projection Memory*, ICLR 2021, arXiv 2103.09762; Li et al.:
-*One-for-More*, CVPR 2025, arXiv 2502.19848. Nothing here knows what the network is for.
+Saha, Garg, Roy, ICLR 2021, arXiv 2103.09762; Li et al., CVPR 2025, arXiv 2502.19848.
 """
-
-from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +18,12 @@ from torch import Tensor, nn
 
 from diffad_ref.iterative_svd import IterativeSVD, left_singular, rank_below, rank_reaching
 
-# -------------------------------------------------------------------------------- representations
-
 
 def representation(layer: nn.Module, x: Tensor) -> Tensor:
     """What a layer multiplies its weights with, as a matrix (features, samples).
 
-    For a linear layer the columns are its input vectors. For a convolution a column is what one
-    output position sees: channels, kernel rows, kernel columns, like the flattened weight.
-
-    Parameters
-    ----------
-    layer : Linear, or Conv2d with groups = 1
-    x : Tensor
-        Its input: (..., features), or (B, C, H, W).
+    For a Linear and x (..., features) a column is an input vector; for a Conv2d and x (B, C, H, W)
+    what one output position sees: channels, kernel rows and columns, like the flattened weight.
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1]).T
@@ -50,13 +38,10 @@ def supported(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
-# ----------------------------------------------------------------------------------------- memory
-
-
 def extend_basis(
     memory: Tensor | None, matrix: Tensor, gamma: float, columns: str = "singular", reach=True
 ) -> Tensor:
-    """Add to a memory what a new task needs and the memory does not span (G1-G3).
+    """Add to a memory M what a new task needs and the memory does not span (G1-G3).
 
     Parameters
     ----------
@@ -65,16 +50,10 @@ def extend_basis(
     matrix : Tensor (features, samples)
         Representations of the task, or the `matrix` of an `IterativeSVD`.
     gamma : float
-        Share of the representations' energy that memory must span.
-    columns : "singular" or "residual"
-        Append left singular vectors of the residual, which keeps M orthonormal; or columns of the
-        residual itself, as the released One-for-More does: M Mᵀ is then no projector.
-    reach : bool
-        The rule of the first task, as in `IterativeSVD`.
-
-    Returns
-    -------
-    Tensor (features, r'), r' at most features.
+        Share of the representations' energy that M must span.
+    columns, reach
+        "singular" appends left singular vectors of the residual, which keeps M orthonormal;
+        "residual", as released, its columns: M Mᵀ is then no projector. `IterativeSVD` has `reach`.
     """
     matrix = matrix.double()
     total = matrix.square().sum()
@@ -115,23 +94,10 @@ class GradientProjectionMemory:
     >>> memory.extend()
     >>> memory.protect(optimizer)
 
-    Parameters
-    ----------
-    model : Module
-    choose : callable (name, layer) -> bool, optional
-        Which of the supported layers to protect; by default all that have trainable weights.
-    gamma : float
-        Share of a task's energy that the memory spans: 1 forbids every change that old inputs
-        would feel, 0 allows all.
-    energy, keep_values, reach
-        As in `IterativeSVD`.
-    columns : "singular" or "residual"
-        As in `extend_basis`.
-
-    Attributes
-    ----------
-    bases : dict of Tensor
-        M of each layer (features, r), float32, on the layer's device; empty before `extend`.
+    By default all layers with trainable weights are protected; `choose(name, layer)` takes fewer.
+    `gamma` is the share of a task's energy that the memory spans: 1 forbids every change that old
+    inputs would feel, 0 allows all. The rest is as in `IterativeSVD` and `extend_basis`. `bases`
+    holds M of each layer (features, r), float32, on the layer's device; it is empty at first.
     """
 
     def __init__(
@@ -149,29 +115,19 @@ class GradientProjectionMemory:
         self.model, self.gamma, self.columns, self.reach = model, gamma, columns, reach
         self._svd = lambda: IterativeSVD(energy, keep_values, reach)
         choose = choose or (lambda name, layer: layer.weight.requires_grad)
-        self.layers = {
-            name: layer
-            for name, layer in model.named_modules()
-            if supported(layer) and choose(name, layer)
-        }
+        modules = model.named_modules()
+        self.layers = {name: m for name, m in modules if supported(m) and choose(name, m)}
         if not self.layers:
             raise ValueError("the network has no layer to protect")
-        self.bases: dict[str, Tensor] = {}
-        self.seen: dict[str, IterativeSVD] = {}
-        self._columns: dict[str, list[Tensor]] = {}
-        self._anchors: dict[str, Tensor] = {}
-
-    # ------------------------------------------------------------------------------------ gather
+        self.bases, self.seen, self._columns, self._anchors = {}, {}, {}, {}
 
     @contextmanager
     def gather(self) -> Iterator[None]:
         """Record what the layers see while the network runs; the hooks go in any case."""
         self.seen = {name: self._svd() for name in self.layers}
         self._columns = {name: [] for name in self.layers}
-        hooks = [
-            layer.register_forward_pre_hook(self._recorder(name))
-            for name, layer in self.layers.items()
-        ]
+        layers = self.layers.items()
+        hooks = [m.register_forward_pre_hook(partial(self._record, name)) for name, m in layers]
         try:
             yield
             self.compress()
@@ -179,11 +135,8 @@ class GradientProjectionMemory:
             for hook in hooks:
                 hook.remove()
 
-    def _recorder(self, name: str):
-        def record(layer, inputs):
-            self._columns[name].append(representation(layer, inputs[0].detach()))
-
-        return record
+    def _record(self, name: str, layer: nn.Module, inputs: tuple) -> None:
+        self._columns[name].append(representation(layer, inputs[0].detach()))
 
     def compress(self) -> None:
         """Fold what was recorded since the last call into each layer's iterative SVD."""
@@ -193,84 +146,56 @@ class GradientProjectionMemory:
                     self.seen[name].update(torch.cat(columns, 1))
                 except ValueError as error:
                     raise ValueError(f"layer {name!r}: {error}") from error
-            self._columns[name] = []
-
-    # ------------------------------------------------------------------------------------ extend
+                columns.clear()
 
     def extend(self) -> dict[str, tuple[int, int]]:
-        """Make the gathered task part of the memory.
+        """Make the gathered task, of all processes, part of the memory.
 
-        Every process has gathered its own share of the data; here the shares come together.
-
-        Returns
-        -------
-        dict
-            For each layer how many of its directions are taken, and how many it has.
-
-        Raises
-        ------
-        ValueError
-            A layer did not run while gathering.
+        Returns for each layer how many of its directions are taken, and how many it has.
         """
-        if not self.seen:
-            raise ValueError("nothing was gathered: run the network inside `with memory.gather()`")
-        silent = [name for name, svd in self.seen.items() if svd.basis is None]
-        if silent:
+        ran = [name for name, svd in self.seen.items() if svd.basis is not None]
+        if silent := [name for name in self.layers if name not in ran]:
             raise ValueError(f"these layers did not run while gathering: {', '.join(silent)}")
         taken = {}
         for name, layer in self.layers.items():
             old, matrix = self.bases.get(name), _together(self.seen[name].matrix)
             basis = extend_basis(old, matrix, self.gamma, self.columns, self.reach)
-            self.bases[name] = basis.to(layer.weight)
-            taken[name] = (basis.shape[1], basis.shape[0])
+            self.bases[name], taken[name] = basis.to(layer.weight), tuple(basis.shape[::-1])
         self.seen, self._anchors = {}, {}
-        full = [name for name, (rank, features) in taken.items() if rank == features]
-        if full:
-            warnings.warn(
-                f"no direction is left in {len(full)} layers, which learn no more: "
-                + ", ".join(full[:5]),
-                stacklevel=2,
-            )
+        if full := [name for name, (rank, features) in taken.items() if rank == features]:
+            words = f"no direction is left in {len(full)} layers, which learn no more: "
+            warnings.warn(words + ", ".join(full[:5]), stacklevel=2)
         return taken
 
     def extend_by_nothing(self) -> None:
         """An empty basis for each layer: protects nothing, but the rest can be frozen."""
         for name, layer in self.layers.items():
-            features = layer.weight[0].numel()
-            self.bases.setdefault(name, layer.weight.detach().new_zeros(features, 0))
-
-    # ----------------------------------------------------------------------------------- protect
+            empty = layer.weight.detach().new_zeros(layer.weight[0].numel(), 0)
+            self.bases.setdefault(name, empty)
 
     @torch.no_grad()
     def project_gradients(self, rest: str = "keep") -> None:
         """Project the gradients of protected layers (G4); before the first `extend`, nothing.
 
-        Parameters
-        ----------
-        rest : "keep", "freeze" or "zero"
-            Gradients of all other parameters: as they are; gone, so that an optimiser leaves the
-            parameters alone; or 0, as released, with which weight decay still moves them.
+        Gradients of the `rest` stay ("keep"), are gone ("freeze"), so that an optimiser leaves
+        these parameters alone, or become 0 ("zero"), as released: weight decay still moves them.
         """
         if rest not in ("keep", "freeze", "zero"):
             raise ValueError(f"rest is 'keep', 'freeze' or 'zero', not {rest!r}")
-        if not self.bases:
-            return
-        for name, basis in self.bases.items():
-            weight = self.layers[name].weight
-            if weight.grad is not None:
-                weight.grad = project(weight.grad, basis)
-        if rest != "keep":
-            protected = {id(self.layers[name].weight) for name in self.bases}
-            for parameter in self.model.parameters():
-                if id(parameter) not in protected and parameter.grad is not None:
-                    parameter.grad = None if rest == "freeze" else parameter.grad.zero_()
+        protected = {self.layers[name].weight: basis for name, basis in self.bases.items()}
+        for parameter in self.model.parameters() if protected else ():
+            if parameter.grad is None:
+                continue
+            if parameter in protected:
+                parameter.grad = project(parameter.grad, protected[parameter])
+            elif rest != "keep":
+                parameter.grad = None if rest == "freeze" else parameter.grad.zero_()
 
     @torch.no_grad()
     def hold(self) -> None:
         """Remember W M of every protected layer: what `project_updates` restores (G5)."""
-        self._anchors = {
-            name: self.layers[name].weight.flatten(1) @ basis for name, basis in self.bases.items()
-        }
+        weights = {name: self.layers[name].weight.flatten(1) for name in self.bases}
+        self._anchors = {name: weights[name] @ basis for name, basis in self.bases.items()}
 
     @torch.no_grad()
     def project_updates(self) -> None:
@@ -290,19 +215,12 @@ class GradientProjectionMemory:
         """From now on, project what goes into an optimiser's step and, with `updates`, the step.
 
         W M is held as it is now, unless `hold` has been called since the last `extend`.
-
-        Parameters
-        ----------
-        rest
-            As in `project_gradients`.
         """
         optimizer.register_step_pre_hook(lambda *_: self.project_gradients(rest))
         if updates:
             if not self._anchors:
                 self.hold()
             optimizer.register_step_post_hook(lambda *_: self.project_updates())
-
-    # ------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
         """The basis of each layer, by its name, on the CPU."""
@@ -314,12 +232,9 @@ class GradientProjectionMemory:
             strange = sorted(bases.keys() ^ self.layers.keys())
             raise ValueError(f"the memory belongs to another network: {', '.join(strange[:5])}")
         for name, basis in bases.items():
-            features = self.layers[name].weight[0].numel()
-            if basis.ndim != 2 or len(basis) != features or basis.shape[1] > features:
-                raise ValueError(
-                    f"the memory of layer {name!r} has shape {tuple(basis.shape)}, but the layer "
-                    f"has {features} features"
-                )
+            features, shape = self.layers[name].weight[0].numel(), tuple(basis.shape)
+            if len(shape) != 2 or shape[0] != features or shape[1] > features:
+                raise ValueError(f"layer {name!r} has {features} features, its memory is {shape}")
         self.bases = {k: v.to(self.layers[k].weight) for k, v in bases.items()}
         self._anchors = {}
 

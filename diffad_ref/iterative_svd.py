@@ -1,13 +1,10 @@
 """Left singular vectors of a matrix that is too large to hold.
 
-Diffusion models run a layer at every step of every sample, and the matrix of all its inputs fills
-any memory. But whatever a chunk of it spans is spanned by the chunk's singular vectors, times their
-values, as well; so the chunks can go, one after the other, and one basis stays (G6).
+Whatever a chunk of it spans is spanned by the chunk's singular vectors, times their values, as
+well; so the chunks can go, one after the other, and one basis stays (G6).
 
 Li et al.: *One-for-More*, CVPR 2025, arXiv 2502.19848.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -29,51 +26,26 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def rank_reaching(
     squares: Tensor, wanted: float, total: Tensor | float, covered: Tensor | float = 0.0
 ) -> int:
-    """Smallest k for which `covered` and the k largest squares reach `wanted` of `total` (G1, G3).
-
-    Parameters
-    ----------
-    squares : Tensor (K,)
-        Squared singular values, falling.
-    wanted : float
-        Share of the energy, gamma.
-    """
+    """Smallest k: `covered` and the k largest squares reach `wanted` of `total` (G1, G3)."""
     reached = covered + torch.cumsum(squares, 0)
     missing = wanted * total * (1 - 1e-12)  # rounding must not cost a direction
     return 0 if covered >= missing else min(len(squares), int((reached < missing).sum()) + 1)
 
 
 def rank_below(squares: Tensor, wanted: float, total: Tensor | float) -> int:
-    """How many leading squares have a running share *below* `wanted`: the released rule.
-
-    One fewer than `rank_reaching`, so the kept energy falls short of what was wanted.
-    """
+    """How many leading squares have a running share *below* `wanted`: released, one fewer."""
     return int((torch.cumsum(squares, 0) / total < wanted).sum())
 
 
 class IterativeSVD:
     """Left singular vectors of a matrix that arrives in chunks of columns (G6).
 
-    Parameters
-    ----------
-    energy : float
-        gamma_0: share of the squared singular values of all that was seen that is kept.
-    keep_values : bool
-        Whether the basis re-enters with its singular values, as it must to stand for the chunks
-        it came from. Without them, as released, it enters with unit weight, and a large chunk
-        can push all of it out.
-    reach : bool
-        Whether the kept energy reaches `energy` (`rank_reaching`); False is the released rule,
-        which keeps at least one vector but loses one direction at every call.
+    `energy`, gamma_0, is the share of the squared singular values of what was seen that is kept.
+    The basis must re-enter with its singular values (`keep_values`) to stand for the chunks it came
+    from; without them, as released, a large chunk can push all of it out. The kept energy reaches
+    gamma_0 (`reach`); the released rule falls short, and loses one direction at every call.
 
-    Attributes
-    ----------
-    basis : Tensor (features, r) or None
-        Orthonormal columns, float64.
-    values : Tensor (r,)
-        Their singular values; ones without `keep_values`.
-    samples : int
-        Columns seen.
+    `basis` (features, r) has orthonormal columns, float64, `values` (r,) their singular values.
     """
 
     def __init__(self, energy: float = 0.999, keep_values: bool = True, reach: bool = True):
@@ -82,8 +54,7 @@ class IterativeSVD:
         self.energy, self.keep_values, self.reach = energy, keep_values, reach
         self.basis: Tensor | None = None
         self.values = torch.zeros(0, dtype=torch.float64)
-        self.total = 0.0  # energy of everything seen
-        self.samples = 0
+        self.total, self.samples = 0.0, 0  # energy and number of all columns seen
 
     @torch.no_grad()
     def update(self, chunk: Tensor) -> Tensor:
@@ -95,10 +66,7 @@ class IterativeSVD:
         stacked = chunk if self.basis is None else torch.cat([self.matrix, chunk], 1)  # G6
         vectors, values = left_singular(stacked)
         squares = values.square()
-        if self.keep_values:
-            self.total += chunk.square().sum()
-        else:
-            self.total = squares.sum()
+        self.total = self.total + chunk.square().sum() if self.keep_values else squares.sum()
         if self.reach:
             rank = rank_reaching(squares, self.energy, self.total)
         else:

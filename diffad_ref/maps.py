@@ -1,40 +1,51 @@
 """From two images to a map of where they differ: features, distances, smoothing, enlarging.
 
 Pixels of a reconstruction differ everywhere a little; features ask whether the same *things* are
-there. The paper takes a ResNet-50 that knows ImageNet. Where that is too large, principal
-components of patches, at several scales, stand in for it.
+there. The paper takes those of a ResNet-50 that knows ImageNet.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor, nn
-
-# ------------------------------------------------------------------------- smoothing and enlarging
-# Both act on each axis alone and are linear, so each is a matrix, and a batch of maps costs two
-# products on whatever device it lies. The numbers are those of SciPy's filters.
 
 
 def gaussian_filter(maps: Tensor, sigma: float) -> Tensor:
-    """Smooth maps (..., H, W); borders are mirrored and the kernel ends at 4 sigma.
-
-    `sigma` is the width of the Gaussian in pixels; 0 leaves the maps as they are.
-    """
+    """Smooth maps (..., H, W) by a Gaussian, sigma in pixels, as SciPy does; 0 does nothing."""
     if sigma == 0:
         return maps
-    rows, columns = (_blur_matrix(n, sigma).to(maps) for n in maps.shape[-2:])
+    rows, columns = (torch.from_numpy(_blur(n, sigma)).to(maps) for n in maps.shape[-2:])
     return rows @ maps @ columns.mT
 
 
 def enlarge(maps: Tensor, size: int) -> Tensor:
-    """Interpolate maps (..., h, w) linearly to (..., size, size).
+    """Interpolate maps (..., h, w) linearly to (..., size, size), as SciPy does.
 
     A value stands for a cell and lies at its centre. Beyond the outermost centres the map is
     mirrored about them, where PyTorch's bilinear interpolation repeats the last value.
     """
-    rows, columns = (_linear_matrix(n, size).to(maps) for n in maps.shape[-2:])
+    rows, columns = (torch.from_numpy(_zoom(n, size)).to(maps) for n in maps.shape[-2:])
     return rows @ maps @ columns.mT
+
+
+# Both filters act on each axis alone and are linear. So each is a matrix, what SciPy makes of the
+# unit matrix, and a batch of maps costs two products on whatever device it lies.
+
+
+@lru_cache(maxsize=16)
+def _blur(length: int, sigma: float) -> np.ndarray:
+    return ndimage.gaussian_filter1d(np.eye(length), sigma, axis=0)
+
+
+@lru_cache(maxsize=16)
+def _zoom(length: int, size: int) -> np.ndarray:
+    factors = size / length, 1
+    return ndimage.zoom(np.eye(length), factors, order=1, mode="mirror", grid_mode=True)
 
 
 def clip_and_scale(maps: Tensor, limit: float) -> Tensor:
@@ -42,42 +53,8 @@ def clip_and_scale(maps: Tensor, limit: float) -> Tensor:
     return maps.clamp(0, limit) / limit
 
 
-def _blur_matrix(length: int, sigma: float) -> Tensor:
-    """Weight (length, length) of each input pixel in each output pixel."""
-    radius = int(4 * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1)
-    kernel = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
-    places = (torch.arange(length)[:, None] + offsets) % (2 * length)  # (length, 2 radius + 1)
-    mirrored = torch.where(places < length, places, 2 * length - 1 - places)
-    matrix = torch.zeros(length, length, dtype=torch.float64)
-    return matrix.scatter_add_(1, mirrored, (kernel / kernel.sum()).expand(length, -1))
-
-
-def _linear_matrix(length: int, size: int) -> Tensor:
-    """Weight (size, length) of each input cell in each output cell."""
-    place = (torch.arange(size, dtype=torch.float64) + 0.5) * length / size - 0.5
-    last = max(length - 1, 0)
-    place = last - (last - place.abs()).abs()  # mirrored about the first and the last centre
-    below = place.floor().clamp(0, max(last - 1, 0)).long()
-    share = (place - below)[:, None]
-    matrix = torch.zeros(size, length, dtype=torch.float64)
-    matrix.scatter_(1, below[:, None], 1 - share)
-    return matrix.scatter_add_(1, (below[:, None] + 1).clamp(max=last), share)
-
-
-# ---------------------------------------------------------------------------------------- features
-
-
 def feature_distance(features: list[Tensor], others: list[Tensor], size: int) -> Tensor:
-    """How far two images' features lie apart, summed over the levels, as a map (B, size, size).
-
-    Parameters
-    ----------
-    features, others : list of Tensor (B, C, h, w)
-        A pyramid of each image; levels may differ in size and channels.
-
-    Source: One-for-More, anomaly map (O3).
-    """
+    """How far two pyramids of features (B, C, h, w) lie apart, in all, as a map (B, size, size)."""
     gaps = (
         (a - b).square().sum(1, keepdim=True).sqrt() for a, b in zip(features, others, strict=True)
     )
@@ -86,13 +63,7 @@ def feature_distance(features: list[Tensor], others: list[Tensor], size: int) ->
 
 
 class ResNetFeatures(nn.Module):
-    """Some stages of a ResNet-50: 0 is the stem, 1 to 4 are its layers.
-
-    Parameters
-    ----------
-    stages : tuple of int
-        1, 2, 3 for MVTec AD and 0, 2, 4 for VisA in the released code.
-    """
+    """Stages of a ResNet-50, 0 to 4; released: 1, 2, 3 for MVTec AD, 0, 2, 4 for VisA."""
 
     MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 
@@ -135,14 +106,7 @@ class ResNetFeatures(nn.Module):
 class PatchFeatures(nn.Module):
     """Principal components of small patches, at several scales, all of equal strength.
 
-    Parameters
-    ----------
-    scales : tuple of int
-        By which the image is shrunk.
-    patch : int
-        Side of a patch in pixels of the shrunk image.
-    channels : int
-        Components kept at each scale.
+    The image is shrunk by each scale; of its patches the first components are the channels.
     """
 
     def __init__(self, scales: tuple[int, ...] = (1, 2, 4), patch: int = 5, channels: int = 12):

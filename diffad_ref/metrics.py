@@ -1,9 +1,8 @@
 """Exact scores of anomaly maps: image, pixel and region metrics.
 
-All of them ask one question: how many normal pixels (or images) score at least as high as each
-defective one? One sort answers it for every threshold at once, ties included. The PRO curve is
-the ROC curve with each defective pixel weighted by one over the area of its region, so that a
-scratch counts as much as a stain.
+How many normal pixels (or images) score at least as high as each defective one? One sort answers
+that for every threshold, ties included. The PRO curve is the ROC curve with each defective pixel
+weighted by one over the area of its region, so that a scratch counts as much as a stain.
 """
 
 from __future__ import annotations
@@ -26,67 +25,31 @@ METRICS = (
 
 
 def image_metrics(scores, labels) -> dict[str, float]:
-    """Judge image scores against image labels.
+    """Image AUROC, AP and F1max, in [0, 1], of scores (N,) and labels (N,), 1 for a defect.
 
-    Parameters
-    ----------
-    scores : Tensor or array (N,)
-        Larger is more abnormal.
-    labels : Tensor or array (N,) in {0, 1}
-        1 marks a defective image.
-
-    Returns
-    -------
-    dict with image_auroc, image_ap and image_f1max, each in [0, 1]. A value that is not defined
-    (no defective image; for the AUROC also no good one) is NaN, with a warning.
-
-    Raises
-    ------
-    ValueError
-        Empty input, different lengths, NaN scores, labels other than 0 and 1.
+    A value that is not defined (no defective image; for the AUROC also no good one) is NaN, with a
+    warning. Raises ValueError for empty input, different lengths, NaN, labels other than 0 and 1.
     """
     ranking = Ranking.of(scores, labels)
     ranking.warn_if_one_sided("image")
-    return {
-        "image_auroc": ranking.auroc(),
-        "image_ap": ranking.average_precision(),
-        "image_f1max": ranking.f1max(),
-    }
+    values = ranking.auroc(), ranking.average_precision(), ranking.f1max()
+    return dict(zip(METRICS[:3], values, strict=True))
 
 
 def pixel_metrics(maps, masks, fpr_limit: float = 0.3) -> dict[str, float]:
-    """Judge anomaly maps against masks, over the pixels of all images together.
+    """Pixel AUROC, AP and F1max, and AUPRO, in [0, 1], over the pixels of all images together.
 
-    Parameters
-    ----------
-    maps : Tensor or array (N, H, W) or (N, 1, H, W)
-        Larger is more abnormal. A single (H, W) map will do as well.
-    masks : Tensor or array of the same size, in {0, 1}
-    fpr_limit : float in (0, 1]
-        Where the PRO curve stops. At each threshold, the overlap is the share of a defective
-        region that is found, averaged over the regions (8-connected) of all images. The area up
-        to the limit is divided by it: 1 is perfect, a constant map gets `fpr_limit / 2`.
-
-    Returns
-    -------
-    dict with pixel_auroc, pixel_ap, pixel_f1max and aupro, each in [0, 1]. A value that is not
-    defined (no defective pixel; for the areas also no normal one) is NaN, with a warning.
-
-    Raises
-    ------
-    ValueError
-        Empty input, different sizes, NaN in a map, masks other than 0 and 1, a limit not in
-        (0, 1].
+    Maps (larger is more abnormal) and masks, in {0, 1}, are (N, H, W), (N, 1, H, W) or (H, W). The
+    PRO curve is, at each threshold, the share of a defective region that is found, averaged over
+    the regions (8-connected) of all images. It stops at `fpr_limit`, and its area is divided by
+    that: 1 is perfect, a constant map gets `fpr_limit / 2`. The rest is as for `image_metrics`.
     """
     maps, masks = paired_maps(maps, masks)
     ranking = Ranking.of(maps, masks)
     ranking.warn_if_one_sided("pixel")
-    return {
-        "pixel_auroc": ranking.auroc(),
-        "pixel_ap": ranking.average_precision(),
-        "pixel_f1max": ranking.f1max(),
-        "aupro": ranking.weighted(region_weights(masks)).auroc(fpr_limit),
-    }
+    regions = ranking.weighted(region_weights(masks))
+    values = ranking.auroc(), ranking.average_precision(), ranking.f1max(), regions.auroc(fpr_limit)
+    return dict(zip(METRICS[3:], values, strict=True))
 
 
 def aupro(maps, masks, fpr_limit: float = 0.3) -> float:
@@ -95,47 +58,29 @@ def aupro(maps, masks, fpr_limit: float = 0.3) -> float:
 
 
 def region_weights(masks: np.ndarray) -> np.ndarray:
-    """Weigh each defective pixel by one over the area of its region, in the order of `masks`.
-
-    Returns
-    -------
-    array (number of defective pixels,); its sum is the number of regions.
-    """
+    """One over the area of its region, for each defective pixel of masks (N, H, W)."""
     weights = [np.empty(0)]
     for mask in masks:
         if mask.any():
-            regions, _ = ndimage.label(mask, EIGHT_NEIGHBOURS)
-            region = regions[mask]
+            region = ndimage.label(mask, EIGHT_NEIGHBOURS)[0][mask]
             weights.append(1 / np.bincount(region)[region])
     return np.concatenate(weights)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Where each positive stands among the negatives: all that the metrics need.
+    """Where each positive stands among the negatives, at the K distinct scores of positives.
 
-    Between two scores of positives only false positives are added, so it is enough to look at
-    the K distinct scores of positives, here from the highest to the lowest.
-
-    Attributes
-    ----------
-    hits : array (K,)
-        Positives (or their weight) that score at least the threshold.
-    above, at_least : array (K,)
-        Negatives that score more than the threshold, and those that score at least that much.
-    positives, negatives : number
-        How many there are (for positives: their weight).
-    order, last : array
-        Sorting of the positives, and the last position of each threshold in it.
+    They fall from the highest; between two of them only false positives are added.
     """
 
-    hits: np.ndarray
-    above: np.ndarray
-    at_least: np.ndarray
-    positives: float
+    hits: np.ndarray  # (K,) positives (or their weight) that score at least the threshold
+    above: np.ndarray  # (K,) negatives that score more than the threshold
+    at_least: np.ndarray  # (K,) negatives that score at least as much
+    positives: float  # how many there are (or their weight)
     negatives: float
-    order: np.ndarray | None = None
-    last: np.ndarray | None = None
+    order: np.ndarray | None = None  # sorts the positives
+    last: np.ndarray | None = None  # where in it each threshold ends
 
     @classmethod
     def of(cls, scores, labels) -> Ranking:
@@ -144,19 +89,11 @@ class Ranking:
         if scores.shape != labels.shape:
             raise ValueError(f"{scores.shape} scores do not fit {labels.shape} labels")
         positive, negative = scores[labels], np.sort(scores[~labels])
-        order = np.argsort(-positive)
+        p, n, order = positive.size, negative.size, np.argsort(-positive)
         falling = positive[order]
-        last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True)[: falling.size])
+        last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True)[:p])
         less, up_to = (np.searchsorted(negative, falling[last], s) for s in ("left", "right"))
-        return cls(
-            hits=last + 1,
-            above=negative.size - up_to,
-            at_least=negative.size - less,
-            positives=positive.size,
-            negatives=negative.size,
-            order=order,
-            last=last,
-        )
+        return cls(last + 1, n - up_to, n - less, p, n, order, last)
 
     @classmethod
     def of_counts(cls, positives: np.ndarray, negatives: np.ndarray) -> Ranking:
@@ -216,26 +153,17 @@ class Ranking:
         """Say why a metric will be NaN."""
         if not self.positives:
             warnings.warn(
-                f"no {what} is defective: the {what} metrics are not defined (NaN)", stacklevel=3
+                f"no {what} is defective: its metrics are not defined (NaN)", stacklevel=3
             )
         elif not self.negatives:
-            warnings.warn(
-                f"no {what} is normal: areas over the false-positive rate are NaN", stacklevel=3
-            )
+            warnings.warn(f"no {what} is normal: areas over the FPR are NaN", stacklevel=3)
 
     def _corners(self) -> tuple[np.ndarray, np.ndarray]:
         """Counts of false and true positives where the ROC curve bends, from (0, 0)."""
-        before = np.append(0, self.hits[:-1])[: self.hits.size]
+        before = np.append(0, self.hits)[:-1]
         false = np.stack([self.above, self.at_least], axis=1).ravel()
         true = np.stack([before, self.hits], axis=1).ravel()
         return np.r_[0, false, self.negatives], np.r_[0, true, self.positives]
-
-
-def _array(values) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.dtype == torch.bfloat16 else values
-    return np.asarray(values)
 
 
 def _scores(values) -> np.ndarray:
@@ -243,23 +171,25 @@ def _scores(values) -> np.ndarray:
     values = _array(values)
     if values.dtype not in (np.float32, np.float64):
         values = values.astype(np.float32 if values.dtype == np.float16 else np.float64)
-    if values.size == 0:
-        raise ValueError("nothing to judge: the input is empty")
-    if np.isnan(values).any():
-        raise ValueError("scores or maps hold NaN")
+    if values.size == 0 or np.isnan(values).any():
+        raise ValueError("nothing to judge: the input is empty, or scores or maps hold NaN")
     return values
 
 
 def _binary(values, name: str) -> np.ndarray:
     """Check that there is nothing but 0 and 1, and make it bool."""
     values = _array(values)
-    if values.dtype == bool:
-        return values
-    ones = values == 1
-    if np.count_nonzero(ones) != np.count_nonzero(values):
-        strange = values[~ones & (values != 0)].flat[0]
+    if not ((values == 0) | (values == 1)).all():
+        strange = values[(values != 0) & (values != 1)].flat[0]
         raise ValueError(f"{name} must hold only 0 and 1, found {strange}; binarise them first")
-    return ones
+    return values.astype(bool)
+
+
+def _array(values) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values
+    return np.asarray(values)
 
 
 def as_images(values) -> np.ndarray:

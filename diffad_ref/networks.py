@@ -1,10 +1,7 @@
-"""The U-Nets of two papers, from diffusers at any size, and what a third takes from a hub.
+"""The U-Nets of the papers, from diffusers at any size, and what One-for-More takes from a hub.
 
-The mathematics of the methods does not care what is inside; here is what is inside. diffusers
-takes longer to load than all else together, so it is loaded where a network is built.
+diffusers takes longer to load than all else together: it is loaded where a network is built.
 """
-
-from __future__ import annotations
 
 import os
 
@@ -13,34 +10,23 @@ from torch import Tensor, nn
 
 
 def adm_unet(
-    channels: int = 3,
-    width: int = 128,
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4, 4),
-    blocks: int = 2,
-    attention_levels: tuple[int, ...] = (3, 4, 5),
-    heads: int | None = 4,
-    head_width: int | None = None,
-    resample_by_blocks: bool = True,
-    norm_groups: int = 32,
+    channels=3,
+    width=128,
+    multipliers=(1, 1, 2, 2, 4, 4),
+    blocks=2,
+    attention_levels=(3, 4, 5),
+    heads=4,
+    head_width=None,
+    resample_by_blocks=True,
+    norm_groups=32,
 ) -> nn.Module:
     """The U-Net of *Diffusion Models Beat GANs*, at any size; the defaults are DiffusionAD's.
 
-    Parameters
-    ----------
-    channels : int
-        Of input and output.
-    width, multipliers
-        Channels of a level are `width * multiplier`; each level halves the resolution.
-    blocks : int
-        Residual blocks a level on the way down, one more on the way up.
-    attention_levels
-        Levels (0 is full resolution) whose residual blocks are followed by self-attention.
-    heads, head_width : int
-        Attention heads at every width, or else the width of each head.
-    resample_by_blocks : bool
-        Resample inside residual blocks; otherwise by a convolution.
-    norm_groups : int
-        Groups of each group normalisation; must divide every width.
+    Channels of a level are `width * multiplier`; each level halves the resolution. There are so
+    many residual blocks a level on the way down, one more on the way up, followed by self-attention
+    on some levels (0 is full resolution), with so many heads at every width, or else heads of one
+    width. Resampling happens inside residual blocks, or by a convolution. The groups of each
+    group normalisation must divide every width.
     """
     from diffusers import UNet2DModel
     from diffusers.models.attention_processor import Attention
@@ -72,28 +58,35 @@ def adm_unet(
     return unet
 
 
+def latent_unet(
+    channels, widths, blocks, heads, context, norm_groups, attention_levels, dropout=0.0
+) -> nn.Module:
+    """The U-Net of latent diffusion, with spatial transformers on some levels.
+
+    `widths` are the channels of its levels, `heads` the number of attention heads, of all or of
+    each; cross-attention looks at tokens that are `context` wide. Source: Rombach et al. 2022.
+    """
+    from diffusers import UNet2DConditionModel
+
+    kinds = ["CrossAttn" if level in attention_levels else "" for level in range(len(widths))]
+    return UNet2DConditionModel(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(widths),
+        layers_per_block=blocks,
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        attention_head_dim=heads,  # called so, but it is their number
+        cross_attention_dim=context,
+        dropout=dropout,
+        norm_num_groups=norm_groups,
+    )
+
+
 class LatentUNet(nn.Module):
-    """Latent-diffusion U-Net with spatial transformers, conditioned on a class.
+    """A latent U-Net with attention at every level, to one learned token, `context` wide, a class.
 
-    One learned token a class is what the cross-attention of every level looks at. The width of an
-    attention head is the same everywhere, so wider levels have more heads.
-
-    Parameters
-    ----------
-    channels : int
-        Of input and output: those of a latent.
-    classes : int
-        Rows of the table of tokens.
-    width, multipliers, blocks, norm_groups
-        As in `adm_unet`; there is attention at every level.
-    heads : int
-        Attention heads of the first level.
-    context : int
-        Width of a token.
-    dropout : float
-        Inside residual blocks, in training.
-
-    Source: Rombach et al. 2022; sizes as in DeCo-Diff.
+    The width of a head is the same everywhere: wider levels have more `heads` than the first.
     """
 
     def __init__(
@@ -108,22 +101,11 @@ class LatentUNet(nn.Module):
         dropout: float = 0.0,
         norm_groups: int = 32,
     ):
-        from diffusers import UNet2DConditionModel
-
         super().__init__()
-        widths = tuple(width * m for m in multipliers)
-        self.unet = UNet2DConditionModel(
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=widths,
-            layers_per_block=blocks,
-            down_block_types=("CrossAttnDownBlock2D",) * len(widths),
-            up_block_types=("CrossAttnUpBlock2D",) * len(widths),
-            # Called so, but it is the number of heads; their width is what follows from it.
-            attention_head_dim=tuple(w // (width // heads) for w in widths),
-            cross_attention_dim=context,
-            dropout=dropout,
-            norm_num_groups=norm_groups,
+        widths, levels = [width * m for m in multipliers], range(len(multipliers))
+        many = tuple(w // (width // heads) for w in widths)
+        self.unet = latent_unet(
+            channels, widths, blocks, many, context, norm_groups, levels, dropout
         )
         self.embedding = nn.Embedding(classes, context)
 
@@ -132,26 +114,14 @@ class LatentUNet(nn.Module):
         return self.unet(z, t, self.embedding(category)[:, None]).sample
 
 
-# ------------------------------------------------------------------------------ Stable Diffusion
-
-
 @torch.no_grad()
-def stable_diffusion(source: str | os.PathLike) -> tuple[dict[str, Tensor], Tensor]:
-    """The weights of a pipeline's U-Net, and its embedding (1, tokens, channels) of no prompt.
+def stable_diffusion(source: str | os.PathLike) -> dict[str, Tensor]:
+    """State of One-for-More's `ControlledUNet`: a pipeline's U-Net, and its empty prompt.
 
-    One-for-More's text never changes, so the text encoder runs once, here.
-
-    Parameters
-    ----------
-    source
-        Name on the hub, or a folder with `unet`, `text_encoder` and `tokenizer` in it.
-
-    Raises
-    ------
-    FileNotFoundError
-        Something is missing, or the hub cannot be reached.
-    ImportError
-        The text encoder needs `transformers`, an extra: `pip install "diffad_ref[paper]"`.
+    The text never changes, so the text encoder runs once, here. `source` is a name on the hub, or
+    a folder with `unet`, `text_encoder` and `tokenizer`. Raises FileNotFoundError if something is
+    missing or the hub cannot be reached, and ImportError without `transformers`, an extra:
+    `pip install "diffad_ref[paper]"`.
     """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -162,8 +132,9 @@ def stable_diffusion(source: str | os.PathLike) -> tuple[dict[str, Tensor], Tens
         raise FileNotFoundError(f"no tokenizer in {str(source)!r} that fits its text encoder")
     length = encoder.config.max_position_embeddings
     tokens = tokenizer("", padding="max_length", max_length=length, return_tensors="pt")
-    prompt = encoder(tokens.input_ids).last_hidden_state.float()
-    return load_part(UNet2DConditionModel, source, "unet").state_dict(), prompt
+    prompt = encoder(tokens.input_ids).last_hidden_state.float()  # (1, tokens, channels)
+    unet = load_part(UNet2DConditionModel, source, "unet").state_dict()
+    return {"prompt": prompt} | {f"unet.{name}": value for name, value in unet.items()}
 
 
 def load_part(kind: type, source: str | os.PathLike, part: str = "", what: str = ""):

@@ -6,10 +6,8 @@ product arrives, the directions that the old ones need are protected (`gradient_
 `continual.py`). This file is the detector: how it is trained, how it rebuilds, how it compares.
 
 Li et al.: *One-for-More: Continual Diffusion Model for Anomaly Detection*, CVPR 2025,
-arXiv 2502.19848. Formulas O1-O4; A1-A3 and G1-G6 stand in the rooms named above.
+arXiv 2502.19848. Formulas O1-O4.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
@@ -21,14 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffad_ref.anomaly_masked import AnomalyMaskedNetwork, anomaly_masked_loss
-from diffad_ref.checkpoints import load_shipped
+from diffad_ref.checkpoints import load_shipped, load_weights
 from diffad_ref.codecs import CodecConfig, build_codec
 from diffad_ref.detector import Detector, Prediction, Rate, Stage
 from diffad_ref.diffusion import Draw, Schedule, add_noise, ddim_times, ddim_walk, implied_noise
 from diffad_ref.maps import PatchFeatures, ResNetFeatures, feature_distance, gaussian_filter
-from diffad_ref.networks import stable_diffusion
-
-# ---------------------------------------------------------------------------------------- config
+from diffad_ref.networks import latent_unet, stable_diffusion
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PHOTOGRAPHS = "photographs"  # the tiny profile's stand-in for it: shipped, trained on photographs
@@ -87,32 +83,24 @@ class Config:
     features: str = "resnet50"  # or "patches": principal components, learned in a second
 
     @classmethod
-    def paper(cls, **changes) -> Config:
+    def paper(cls, **changes) -> "Config":
         """The published size and settings: 859.5 M + 9.6 M parameters."""
         return replace(cls(), **changes)
 
     @classmethod
-    def tiny(cls, image_size: int = 64, **changes) -> Config:
+    def tiny(cls, image_size: int = 64, **changes) -> "Config":
         """Two CPU cores: latents of 4 x 4 patches, 0.5 M parameters in all."""
         parts = dict.fromkeys(("unet", "condition"), Rate(2e-3, "cosine", warmup=50))
+        unet = {"width": 24, "multipliers": (1, 2), "blocks": 1, "heads": 1, "prompt": (1, 8)}
+        condition = {"condition_layers": 2, "condition_heads": 1, "feed_forward": 48}
+        condition |= {"condition_channels": (12, 12, 24, 24, 32, 32, 32), "dropout": 0.0}
         tiny = cls(
             image_size=image_size,
             start=PHOTOGRAPHS,
             codec=CodecConfig("pca", channels=12, factor=4),
-            width=24,
-            multipliers=(1, 2),
-            blocks=1,
-            heads=1,
-            prompt=(1, 8),
-            norm_groups=8,
-            condition_layers=2,
-            condition_heads=1,
-            feed_forward=48,
-            dropout=0.0,
-            condition_channels=(12, 12, 24, 24, 32, 32, 32),
+            **unet | condition | {"norm_groups": 8, "sigma": 2.0},
             condition_strides=(1, 1, 2, 1, 2, 1, 1, 1),
             walk=2,  # starts at t = 501: a small network cannot paint all from 901
-            sigma=2.0,
             stages=(Stage("task", 5000, 16, parts, "adamw", weight_decay=1e-4, clip=1.0),),
             predicts="latent",
             features="patches",
@@ -121,24 +109,12 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------- U-Net
-
-
 class ControlledUNet(nn.Module):
     """Stable Diffusion's U-Net, at any size, with condition features and a constant prompt.
 
-    Parameters
-    ----------
-    channels : int
-        Of input and output: those of a latent.
-    width, multipliers, blocks, norm_groups
-        As in `networks.adm_unet`.
-    heads : int
-        Attention heads at every level.
-    prompt : (int, int)
-        Tokens and channels of the text embedding. It is that of the empty prompt throughout, so
-        it is a constant; zeros until it is set, which switches the text's influence off.
-    attention_levels : tuple of int, optional
-        Levels with attention; by default all but the last, as in Stable Diffusion.
+    The prompt is (tokens, channels) of the text embedding. It is that of the empty prompt
+    throughout, so it is a constant; zeros, until it is set, switch the text's influence off. There
+    is attention at all levels but the last, unless they are named. The rest as in `adm_unet`.
     """
 
     def __init__(
@@ -152,35 +128,18 @@ class ControlledUNet(nn.Module):
         norm_groups: int = 32,
         attention_levels: tuple[int, ...] | None = None,
     ):
-        from diffusers import UNet2DConditionModel  # takes longer to load than all else
-
         super().__init__()
-        levels = range(len(multipliers))
+        widths, levels = [width * m for m in multipliers], range(len(multipliers))
         attends = levels[:-1] if attention_levels is None else attention_levels
-        kinds = ["CrossAttn" if level in attends else "" for level in levels]
-        self.unet = UNet2DConditionModel(
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=tuple(width * m for m in multipliers),
-            layers_per_block=blocks,
-            down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-            up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-            attention_head_dim=heads,  # called so, but it is their number
-            cross_attention_dim=prompt[1],
-            norm_num_groups=norm_groups,
-        )
+        self.unet = latent_unet(channels, widths, blocks, heads, prompt[1], norm_groups, attends)
         self.register_buffer("prompt", torch.zeros(1, *prompt))
 
-    def forward(self, z: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Output (B, C, h, w) for latents z, time steps t (B,) and features (B, width, h, w).
+    def forward(self, z: Tensor, t: Tensor, f: Tensor | float = 0.0) -> Tensor:
+        """Output (B, C, h, w) for latents z, time steps t (B,) and features f (B, width, h, w).
 
         The condition is added right after the first convolution, before anything branches off.
         """
-
-        def add(module, inputs, output):
-            return output if condition is None else output + condition
-
-        hook = self.unet.conv_in.register_forward_hook(add)
+        hook = self.unet.conv_in.register_forward_hook(lambda module, inputs, output: output + f)
         try:
             return self.unet(z, t, self.prompt.expand(len(z), -1, -1)).sample
         finally:
@@ -188,10 +147,7 @@ class ControlledUNet(nn.Module):
 
 
 def learns(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a weight of the U-Net is trained: those of convolutions, projections, attention.
-
-    Biases, normalisations and the layers of the time embedding stay as they are.
-    """
+    """Whether a weight is trained: no bias, no normalisation, no layer of the time embedding."""
     return name.endswith("weight") and parameter.ndim > 1 and "time_emb" not in name
 
 
@@ -204,27 +160,20 @@ def paste(images: Tensor, settings: Pasting, generator: torch.Generator) -> Tens
     """Paste blended patches into some images (B, 3, H, W), in [0, 1], of a batch."""
     rng = np.random.default_rng(Draw(generator).integers(0, 2**62).item())
     pixels = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    changed = images.clone()
-    for i in range(len(pixels)):  # blending solves an equation for each patch, on the CPU
-        if rng.random() >= settings.share:
-            continue
-        other = i
-        if settings.from_others and len(pixels) > 1:
-            other = (i + rng.integers(1, len(pixels))) % len(pixels)
-        result = pixels[i]
+    count, changed = len(pixels), images.clone()
+    for i in np.flatnonzero(rng.random(count) < settings.share):  # one equation a patch, on the CPU
+        apart = rng.integers(1, count) if settings.from_others and count > 1 else 0
+        source, result = pixels[(i + apart) % count], pixels[i]
         for number in range(settings.most):
             if number and rng.random() < 0.5:
                 break
-            result = paste_patch(result, pixels[other], settings, rng)
+            result = paste_patch(result, source, settings, rng)
         changed[i] = torch.from_numpy(result).permute(2, 0, 1) / 255
     return changed
 
 
 def paste_patch(image: np.ndarray, source: np.ndarray, settings: Pasting, rng) -> np.ndarray:
-    """Cut a rectangle from the source, resize it, and blend it in somewhere else.
-
-    Both are uint8 (H, W, 3); `rng` is a `numpy.random.Generator`.
-    """
+    """Cut a rectangle from the source, resize it, blend it in elsewhere; uint8 (H, W, 3)."""
     side = np.array(image.shape[:2])
     half = np.clip(rng.uniform(*settings.size, 2) * side, 2, side // 2 - 2).astype(int)
     top, left = rng.integers(half, side - half) - half
@@ -239,8 +188,6 @@ def paste_patch(image: np.ndarray, source: np.ndarray, settings: Pasting, rng) -
 
 
 # -------------------------------------------------------------------------------------- detector
-
-
 class OneForMore(Detector):
     """The continual diffusion detector; `continual.fit_continual` trains it task by task."""
 
@@ -249,7 +196,15 @@ class OneForMore(Detector):
     def __init__(self, config: Config | None = None):
         super().__init__(config)
         c = self.config
-        _check(c)
+        multiple = c.codec.factor * 2 ** (len(c.multipliers) - 1)
+        if math.prod(c.condition_strides) != c.codec.factor:
+            raise ValueError(f"the product of condition_strides must be {c.codec.factor}")
+        if c.image_size % multiple:
+            raise ValueError(f"image_size must be a multiple of {multiple}, not {c.image_size}")
+        if ddim_times(c.steps, c.walk)[0] >= c.steps:
+            raise ValueError(f"walk must divide the schedule's {c.steps} steps, not {c.walk}")
+        if c.predicts not in ("noise", "latent") or c.features not in ("resnet50", "patches"):
+            raise ValueError(f"cannot predict {c.predicts!r}, or compare {c.features!r}")
         self.schedule = Schedule.named(c.schedule, c.steps)
         self.codec = build_codec(c.codec)
         size = c.width, c.multipliers, c.blocks, c.heads, c.prompt, c.norm_groups
@@ -263,27 +218,14 @@ class OneForMore(Detector):
 
     @torch.no_grad()
     def prepare(self, dataset) -> None:
-        """Load what comes before all tasks; from scratch, learn codec and features from `dataset`.
-
-        Raises FileNotFoundError for weights that cannot be had, ValueError for such as do not fit.
-        """
+        """Load what comes before all tasks; or learn codec and features from a `dataset`."""
         if self.codec.is_ready():
             return  # a later task
         start = self.config.start
         if start == PHOTOGRAPHS:
             load_shipped(self, "one_for_more_photographs")
         elif start is not None:
-            weights, prompt = stable_diffusion(start)
-            if prompt.shape != self.unet.prompt.shape:
-                raise ValueError(
-                    f"the prompt of {start!r} has {tuple(prompt.shape[1:])} tokens and channels, "
-                    f"the U-Net was built for {self.config.prompt}"
-                )
-            try:
-                self.unet.unet.load_state_dict(weights)
-            except RuntimeError as error:  # names are missing, or shapes differ
-                raise ValueError(f"the U-Net of {start!r} is another: {error}") from error
-            self.unet.prompt.copy_(prompt)
+            load_weights(self.unet, stable_diffusion(start), f"Stable Diffusion {start!r}")
         self.codec.prepare(dataset)
         images = None
         if self.config.features == "patches":
@@ -328,26 +270,20 @@ class OneForMore(Detector):
     def reconstruct(self, x: Tensor, z_0: Tensor, generator, walk: int | None = None) -> list:
         """Latents (B, C, h, w) after each step of the walk back from almost pure noise (O2).
 
-        Parameters
-        ----------
-        x : Tensor (B, 3, H, W), in [0, 1]
-            The image that the condition describes.
-        z_0 : Tensor (B, C, h, w)
-            Its latent.
-        walk : int, optional
-            Steps, instead of the config's.
+        The condition describes the image x (B, 3, H, W), in [0, 1], the walk starts at its latent
+        z_0; the number of its steps defaults to the config's.
         """
-        config = self.config
-        times = ddim_times(len(self.schedule), walk or config.walk)
+        config, schedule = self.config, self.schedule
+        times = ddim_times(len(schedule), walk or config.walk)
         level = times[0] if config.level is None else config.level
         t = torch.full((len(z_0),), level, device=z_0.device)
         eps = Draw(generator, z_0.device).normal(*z_0.shape)
         # The condition stays the same all the way. Guidance between two equal conditions, which
         # the released code computes, changes nothing and is left out.
         f = self.condition(x)  # A2
-        end = 1.0 if config.end_clean else self.schedule.abar[0].item()
-        z_t = add_noise(z_0, eps, self.schedule.at(t))
-        return ddim_walk(lambda z, t: self.noise(z, t, f), z_t, self.schedule, times, end)[0]  # O2
+        end = 1.0 if config.end_clean else schedule.abar[0].item()
+        z_t = add_noise(z_0, eps, schedule.at(t))
+        return ddim_walk(lambda z, t: self.noise(z, t, f), z_t, schedule, times, end)[0]  # O2
 
     def noise(self, z_t: Tensor, t: Tensor, f: Tensor) -> Tensor:
         """The noise (B, C, h, w) that the U-Net sees in latents at time steps t (B,)."""
@@ -361,25 +297,4 @@ class OneForMore(Detector):
         """Map (B, H, W) of where two images (B, 3, H, W) in [0, 1] have other features (O3)."""
         features = (self.extractor(x) for x in (decoded, rebuilt))
         distance = feature_distance(*features, self.config.image_size)
-        return gaussian_filter(distance, self.config.sigma)
-
-
-def _check(config: Config) -> None:
-    """The condition must fit the U-Net's first features, and the latent its levels."""
-    factor, strides = config.codec.factor, math.prod(config.condition_strides)
-    if strides != factor:
-        raise ValueError(
-            f"the condition is 1/{strides} of the image, latents are 1/{factor}: choose "
-            f"condition_strides whose product is {factor}"
-        )
-    multiple = factor * 2 ** (len(config.multipliers) - 1)
-    if config.image_size % multiple:
-        raise ValueError(f"image_size must be a multiple of {multiple}, not {config.image_size}")
-    if ddim_times(config.steps, config.walk)[0] >= config.steps:
-        raise ValueError(
-            f"a walk of {config.walk} steps would start outside of the schedule's {config.steps}: "
-            "choose a number that divides it"
-        )
-    for name, known in (("features", ("resnet50", "patches")), ("predicts", ("noise", "latent"))):
-        if getattr(config, name) not in known:
-            raise ValueError(f"{name} is one of {known}, not {getattr(config, name)!r}")
+        return gaussian_filter(distance, self.config.sigma)  # O3

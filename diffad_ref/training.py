@@ -1,17 +1,15 @@
 """One `fit` for all methods.
 
 Every random number of a step is a function of (seed, stage, step, process), and the learning rate
-a function of the step. So a run needs to remember weights, optimiser and where it was, nothing
-else; and a run that was killed continues to the numbers of one that was not.
+a function of the step: a run that was killed continues to the numbers of one that was not.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +17,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from diffad_ref.checkpoints import load_weights, read_metadata, read_tensors, write_tensors
 from diffad_ref.detector import Detector, Stage
+from diffad_ref.diffusion import seeded
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 STATE = "training.safetensors"
@@ -51,6 +50,7 @@ def fit(
     steps: int | None = None,
     batch_size: int | None = None,
     *,
+    rate: float = 1.0,
     out: str | os.PathLike | None = None,
     seed: int = 0,
     accumulate: int = 1,
@@ -67,30 +67,24 @@ def fit(
     Parameters
     ----------
     dataset : Dataset
-        Samples as in `diffad_ref.data`; for these methods, normal images.
-    steps : int, optional
-        Length of the whole run; the stages share it in the proportion of the config.
-    batch_size : int, optional
-        Images a step and process, instead of each stage's own number.
+        Normal images, as samples of `diffad_ref.data`.
+    steps, batch_size : int, optional
+        Of the whole run, shared by the stages in proportion; images a step and process.
+    rate : float
+        Learning rates, as a share of the config's.
     out : path, optional
-        Folder for checkpoints. If it holds an unfinished run of the same config, data size and
-        seed, that run is continued.
+        Folder for checkpoints, every `save_every` steps, from which an unfinished run goes on.
     seed : int
         Equal seeds give equal weights on the same machine and number of threads.
     accumulate : int
         Batches whose gradients are averaged into one step: more images than memory holds.
     mixed_precision : "no", "bf16" or "fp16"
     ema : float, optional
-        Decay of an exponential moving average of the weights; a stage then ends with the average.
-    save_every : int
-        Steps between checkpoints.
-    num_workers : int
-        Processes that load images; 0 is right for notebooks and for small images.
-    cpu : bool
-        Stay on the CPU even where there is a GPU.
+        Decay of a moving average of the weights, with which each stage then ends.
+    num_workers, cpu
+        Processes that load images, 0 in notebooks; stay on the CPU even where there is a GPU.
     on_optimizer : callable, optional
-        Gets the optimiser of each stage before its first step, to attach hooks, such as those of
-        `GradientProjectionMemory.protect`.
+        Gets the optimiser of each stage before its first step, to attach hooks.
 
     Raises ValueError for empty data, a loss that is not finite, or an `out` of another run.
     """
@@ -99,14 +93,14 @@ def fit(
     accelerator = Accelerator(
         mixed_precision=mixed_precision, cpu=cpu, gradient_accumulation_steps=accumulate
     )
-    stages = _plan(detector.stages, steps, batch_size)
+    stages = _plan(detector.stages, steps, batch_size, rate)
     detector.to(accelerator.device)
     detector.categories = tuple(getattr(dataset, "categories", detector.categories))
     run = _Run(detector, Path(out) / STATE if out else None, accelerator.is_main_process)
     run.resume(
         method=type(detector).__name__,
-        stages=[dataclasses.asdict(stage) for stage in stages],
-        config=dataclasses.asdict(detector.config),
+        stages=[asdict(stage) for stage in stages],
+        config=asdict(detector.config),
         categories=detector.categories,
         images=len(dataset),
         settings=[seed, accumulate, mixed_precision, ema, accelerator.num_processes],
@@ -119,12 +113,14 @@ def fit(
             optimizer = run.begin(number, stage, ema)
             if on_optimizer is not None:
                 on_optimizer(optimizer)
-            order = Steps(len(dataset), stage, number, run.step, accumulate, seed)
-            loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers)
+            count, key = stage.steps * accumulate, [seed, number]
+            ahead = batch_numbers(len(dataset), stage.batch_size, count, key)
+            ahead = ahead[run.step * accumulate :]
+            loader = DataLoader(dataset, batch_sampler=ahead, num_workers=num_workers)
             training = _train(accelerator, run, stage, optimizer, iter(loader), seed)
             bar = {"desc": stage.name, "initial": run.step, "total": stage.steps}
-            hidden = not (progress and accelerator.is_main_process)
-            for losses in (shown := tqdm(training, disable=hidden, **bar)):
+            bar["disable"] = not (progress and accelerator.is_main_process)
+            for losses in (shown := tqdm(training, **bar)):
                 shown.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
                 if run.step % save_every == 0:
                     run.save(optimizer)
@@ -136,17 +132,16 @@ def fit(
 
 def _train(accelerator, run: _Run, stage: Stage, optimizer, batches: Iterator, seed: int):
     """The steps of a stage from where the run is; yields the losses of each."""
-    model = accelerator.prepare_model(run.detector)
-    optimizer, micros = (
-        accelerator.prepare_optimizer(optimizer),
-        accelerator.gradient_accumulation_steps,
-    )
+    model, micros = accelerator.prepare_model(run.detector), accelerator.gradient_accumulation_steps
+    optimizer = accelerator.prepare_optimizer(optimizer)
     for step in range(run.step, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = stage.lr[group["name"]].at(step, stage.steps)
         means: dict[str, float] = {}
         for micro in range(micros):
-            generator = step_generator(accelerator, seed, run.stage, step, micro)
+            key = seed, run.stage, step, micro, accelerator.process_index
+            generator = seeded(accelerator.device, *key)
+            torch.manual_seed(generator.initial_seed())  # of dropout
             batch = send_to_device(next(batches), accelerator.device)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
@@ -155,7 +150,7 @@ def _train(accelerator, run: _Run, stage: Stage, optimizer, batches: Iterator, s
                 for name, value in losses.items():
                     means[name] = means.get(name, 0.0) + value.item() / micros
                 if accelerator.sync_gradients:
-                    run.check_finite(means, stage, step)
+                    run.check_finite(means)
                     if stage.clip is not None:
                         accelerator.clip_grad_norm_(model.parameters(), stage.clip)
                 optimizer.step()
@@ -169,53 +164,28 @@ def trained_weights(out: str | os.PathLike) -> dict[str, Tensor]:
     return _under("model.", read_tensors(Path(out) / STATE))
 
 
-class Steps(Sampler):
-    """The image numbers of every batch from step `start` on: shuffled epochs, cut evenly.
-
-    All processes see the same order and take their own share of each step.
-    """
-
-    def __init__(
-        self, images: int, stage: Stage, number: int, start: int, accumulate: int, seed: int
-    ):
-        self.images, self.size, self.key = images, stage.batch_size, [seed, number]
-        self.batches = range(start * accumulate, stage.steps * accumulate)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        state = torch.distributed
-        together = state.is_available() and state.is_initialized()
-        world, rank = (state.get_world_size(), state.get_rank()) if together else (1, 0)
-        epoch, order = -1, None
-        for batch in self.batches:
-            numbers, first = [], (batch * world + rank) * self.size
-            for place in range(first, first + self.size):
-                if place // self.images != epoch:
-                    epoch = place // self.images
-                    order = np.random.default_rng([*self.key, epoch]).permutation(self.images)
-                numbers.append(int(order[place % self.images]))
-            yield numbers
+def batch_numbers(images: int, size: int, count: int, key: list[int]) -> list[list[int]]:
+    """Image numbers of `count` batches: shuffled epochs, cut evenly, shared by all processes."""
+    state = torch.distributed
+    together = state.is_available() and state.is_initialized()
+    world, rank = (state.get_world_size(), state.get_rank()) if together else (1, 0)
+    epochs = range(-(-count * world * size // images))
+    orders = [np.random.default_rng([*key, epoch]).permutation(images) for epoch in epochs]
+    order = np.concatenate([np.empty(0, int), *orders])[: count * world * size]
+    return order.reshape(count, world, size)[:, rank].tolist()
 
 
-def step_generator(accelerator, seed: int, stage: int, step: int, micro: int) -> torch.Generator:
-    """The randomness of one batch, on the device; also seeds torch itself, for dropout."""
-    key = np.random.SeedSequence([seed, stage, step, micro, accelerator.process_index])
-    number = int(key.generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(number)
-    return torch.Generator(accelerator.device).manual_seed(number)
-
-
-def _plan(stages: tuple[Stage, ...], steps: int | None, batch_size: int | None) -> list[Stage]:
-    """The stages of this run: shortened in proportion, with another batch size if wanted."""
+def _plan(stages: tuple[Stage, ...], steps, batch_size, rate: float) -> list[Stage]:
+    """The stages of this run: shortened in proportion, with other batches and rates if wanted."""
     ends = np.cumsum([stage.steps for stage in stages])
     if steps is not None:
         ends = np.rint(ends * steps / ends[-1]).astype(int)
-    return [
-        dataclasses.replace(stage, steps=int(count), batch_size=batch_size or stage.batch_size)
-        for stage, count in zip(stages, np.diff(ends, prepend=0), strict=True)
-    ]
+    plan = []
+    for stage, count in zip(stages, np.diff(ends, prepend=0).tolist(), strict=True):
+        lr = {name: replace(r, peak=r.peak * rate) for name, r in stage.lr.items()}
+        size = batch_size or stage.batch_size
+        plan.append(replace(stage, steps=count, batch_size=size, lr=lr))
+    return plan
 
 
 class _Run:
@@ -235,13 +205,10 @@ class _Run:
         state = json.loads(read_metadata(self.path)["state"])
         different = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
         if different:
-            raise ValueError(
-                f"{self.path.parent} holds another run (different {', '.join(different)}); "
-                "choose another folder, or delete it to start anew"
-            )
+            found = f"{self.path.parent} holds another run (different {', '.join(different)})"
+            raise ValueError(f"{found}; choose another folder, or delete it to start anew")
         self.stage, self.step = state["stage"], state["step"]
-        self.history = History(state["history"])
-        self._loaded = read_tensors(self.path)
+        self.history, self._loaded = History(state["history"]), read_tensors(self.path)
         load_weights(self.detector, _under("model.", self._loaded), self.path)
 
     def begin(self, number: int, stage: Stage, ema: float | None) -> torch.optim.Optimizer:
@@ -249,8 +216,7 @@ class _Run:
         if number != self.stage:
             self.stage, self.step = number, 0
         self.detector.enter(stage)
-        self.detector.train()
-        groups = self.detector.parameter_groups()
+        groups = self.detector.train().parameter_groups()
         optimizer = OPTIMIZERS[stage.optimizer](groups, weight_decay=stage.weight_decay)
         plain = optimizer.state_dict() | {"state": {}}
         for name, value in _under("optimizer.", self._loaded).items():
@@ -271,14 +237,15 @@ class _Run:
     def _learning(self) -> list[torch.nn.Parameter]:
         return [p for p in self.detector.parameters() if p.requires_grad]
 
-    def check_finite(self, losses: dict[str, float], stage: Stage, step: int) -> None:
+    def check_finite(self, losses: dict[str, float]) -> None:
+        """Refuse to go on with a loss that is NaN or infinite."""
         if not np.isfinite(losses["loss"]):
-            kept = (
-                f"; the last checkpoint is {self.path}" if self.path and self.path.exists() else ""
-            )
-            raise ValueError(f"the loss of step {step} in stage {stage.name!r} is {losses}{kept}")
+            kept = f"; see {self.path}" if self.path and self.path.exists() else ""
+            name = self.detector.stage.name
+            raise ValueError(f"the loss of step {self.step} in stage {name!r} is {losses}{kept}")
 
     def after_step(self, row: dict) -> None:
+        """Note the losses of a step, and average the weights."""
         self.step += 1
         self.history.rows.append(row)
         if self.average is not None:
@@ -288,8 +255,7 @@ class _Run:
         """The stage's average, if one was kept, becomes the weights."""
         if self.average is not None:
             self.average.copy_to(self._learning())
-        self.average = None
-        self.stage, self.step = self.stage + 1, 0
+        self.average, self.stage, self.step = None, self.stage + 1, 0
         self.save(None)
 
     def save(self, optimizer) -> None:
@@ -304,10 +270,10 @@ class _Run:
             tensors |= {f"average.{place}": mean for place, mean in enumerate(means)}
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         state = {"identity": self.identity, "stage": self.stage, "step": self.step}
-        state["history"] = self.history.rows
-        write_tensors(tensors, self.path, {"state": json.dumps(state)})
+        text = json.dumps(state | {"history": self.history.rows})
+        write_tensors(tensors, self.path, {"state": text})
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries whose name starts with a prefix, without it."""
-    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

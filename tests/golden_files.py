@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -45,6 +46,18 @@ def matching(case, pattern):
     found = [(match, case[match[0]]) for match in (re.fullmatch(pattern, n) for n in case) if match]
     assert found, f"no array is called like {pattern}"
     return found
+
+
+def numbered(names, pattern):
+    """Names that fit a pattern, in the order of the number in them; at least one."""
+    found = [match for match in (re.fullmatch(pattern, name) for name in names) if match]
+    assert found, f"nothing is called like {pattern}"
+    return [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
+
+
+def shifted(abar):
+    """What was left of the signal before each step: all of it before the first."""
+    return torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
 
 
 def close(found, expected, atol=1e-5, rtol=1e-4):

@@ -3,12 +3,14 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as vision
 
 from diffad_ref import anomalies
 from diffad_ref.anomalies import (
-    AUGMENTATIONS,
+    BUILT_IN,
     Synthesis,
     augment,
     blend,
@@ -20,7 +22,10 @@ from diffad_ref.anomalies import (
     shuffle_grid,
     shuffle_strips,
     synthesize,
+    texture_bank,
 )
+from diffad_ref.diffusion import Draw
+from diffad_ref.tools.photographs import Photographs
 
 
 def seeded(seed=0):
@@ -111,6 +116,61 @@ def test_an_empty_foreground_counts_as_the_whole_image():
     assert perlin_masks(2, 16, seeded(), foreground=foreground, attempts=2).all()
 
 
+# ----------------------------------------------------------------------------------- texture bank
+
+
+def test_built_in_bank_holds_the_photographs_of_both_packages():
+    bank = texture_bank(size=32)
+    assert bank.shape == (len(BUILT_IN) + 2, 3, 32, 32) and bank.dtype == torch.uint8
+    assert (bank.float().std((1, 2, 3)) > 10).all()  # no blank one
+    assert len({image.numpy().tobytes() for image in bank}) == len(bank)
+
+
+def test_built_in_bank_holds_nothing_that_the_toy_factory_sells():
+    assert not {"brick", "grass", "gravel"} & set(BUILT_IN)
+
+
+def test_photographs_are_equal_crops_for_equal_arguments_and_all_others_differ():
+    crops, again = Photographs(32, 5), Photographs(32, 5)
+    assert len(crops) == 5 and crops.categories == ("photographs",)
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(crops, again, strict=True))
+    assert len({sample["image"].numpy().tobytes() for sample in crops}) == 5
+    batch = torch.utils.data.default_collate([crops[i] for i in range(5)])
+    assert batch["image"].shape == (5, 3, 32, 32) and batch["mask"].shape == (5, 1, 32, 32)
+    assert 0 <= batch["image"].min() and batch["image"].max() <= 1 and not batch["label"].any()
+
+
+def test_folder_is_searched_through_and_each_image_cut_to_its_centre(tmp_path, write):
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = (10, 200, 30)  # the centred square
+    write(tmp_path / "deep/er/a.png", wide)
+    write(tmp_path / "b.png", np.full((8, 8), 77, np.uint8))  # grey
+    (tmp_path / "notes.txt").write_text("no image")
+    bank = texture_bank(tmp_path, size=16)
+    assert bank.shape == (2, 3, 16, 16) and bank.dtype == torch.uint8
+    assert (bank[0] == 77).all()
+    inside = bank[1, :, :, 1:-1]  # the outermost columns see their neighbours
+    assert (inside == torch.tensor([10, 200, 30])[:, None, None]).all()
+
+
+def test_missing_texture_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; DTD's is dtd/images"):
+        texture_bank(tmp_path / "nowhere")
+
+
+def test_texture_folder_without_images_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path.name} holds no jpg, png or webp"):
+        texture_bank(tmp_path)
+
+
+def test_damaged_texture_is_named(tmp_path, write):
+    path = write(tmp_path / "half.png", np.eye(64, dtype=np.uint8) * 255)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="half.png"):
+        texture_bank(tmp_path, size=16)
+
+
 # ----------------------------------------------------------------------------------------- sources
 
 
@@ -170,12 +230,14 @@ def test_a_texture_smaller_than_the_crop_is_shown_whole():
     assert torch.allclose(found[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1], atol=1e-6)
 
 
-@pytest.mark.parametrize("number", range(len(AUGMENTATIONS)))
-def test_each_augmentation_keeps_bytes_and_shape_and_changes_something(number):
-    before = (images(2, 16) * 200).to(torch.uint8)
-    after = AUGMENTATIONS[number](before.clone(), seeded(1))
-    assert after.dtype == torch.uint8 and after.shape == before.shape
-    assert not torch.equal(after, before)
+@pytest.mark.parametrize("number", range(10))
+def test_each_augmentation_keeps_shape_and_range_and_changes_something(monkeypatch, number):
+    chosen = (torch.arange(10) + number) % 10
+    monkeypatch.setattr(Draw, "orders", lambda self, rows, count: chosen.expand(rows, count))
+    before = (images(2, 16) * 200).round() / 255
+    after = augment(before, seeded(1), count=1)
+    assert after.shape == before.shape and after.dtype == torch.float32
+    assert after.min() >= 0 and after.max() <= 1 and not torch.equal(after, before)
 
 
 def test_augmented_textures_stay_images():
@@ -185,25 +247,33 @@ def test_augmented_textures_stay_images():
     assert after.min() >= 0 and after.max() <= 1
 
 
-def test_each_image_gets_so_many_different_augmentations(monkeypatch):
-    calls = torch.zeros(10, dtype=torch.long)
+WAYS = ("adjust_gamma", "adjust_brightness", "adjust_sharpness", "adjust_hue", "solarize")
+WAYS += ("posterize", "invert", "autocontrast", "equalize", "rotate")
 
-    def counting(i):
-        def change(x, g):
-            calls[i] += len(x)
+
+@pytest.mark.parametrize("count", [0, 1, 3, 10])
+def test_each_image_gets_so_many_different_augmentations(monkeypatch, count):
+    calls = dict.fromkeys(WAYS, 0)
+
+    def counting(name):
+        def change(x, *_):
+            calls[name] += len(x)
             return x
 
         return change
 
-    monkeypatch.setattr(anomalies, "AUGMENTATIONS", tuple(counting(i) for i in range(10)))
+    for name in WAYS:
+        monkeypatch.setattr(vision, name, counting(name))
+    monkeypatch.setattr(vision, "adjust_saturation", lambda x, *_: x)  # comes with the hue
     before = (images(40) * 255).round() / 255
-    assert torch.equal(augment(before, seeded(), count=3), before)
-    assert calls.sum() == 40 * 3 and (calls > 0).all() and (calls <= 40).all()
+    assert torch.equal(augment(before, seeded(), count), before)
+    assert sum(calls.values()) == 40 * count and max(calls.values()) <= 40
+    assert all((n > 0) == (count > 0) for n in calls.values())
 
 
 def test_matched_source_is_about_as_bright_as_its_image():
     dark, light = 0.1 + 0.05 * images(200, 8), 0.8 + 0.1 * images(200, 8, seed=1)
-    found = match_statistics(light, dark, seeded())
+    found = match_statistics(light, dark, Draw(seeded()))
     offset = (found - dark).mean((1, 2, 3))
     assert offset.abs().max() < 0.21 + 0.05 and abs(offset.mean()) < 0.06
     assert found.min() >= 0 and found.max() <= 1
@@ -211,7 +281,7 @@ def test_matched_source_is_about_as_bright_as_its_image():
 
 def test_flat_source_is_a_colour_of_its_own_image():
     image = images(6)
-    for flat, one in zip(own_colour(image, seeded()), image, strict=True):
+    for flat, one in zip(own_colour(image, Draw(seeded())), image, strict=True):
         colour = flat[:, 0, 0]
         assert (flat == colour[:, None, None]).all()
         assert (one == colour[:, None, None]).all(0).any()
@@ -231,27 +301,28 @@ def test_blend_at_its_extremes_is_the_source_or_the_image():
 
 def test_outside_the_mask_the_image_is_untouched_and_inside_it_is_not():
     image = images(8)
-    made = synthesize(image, torch.ones(8).bool(), BANK, EVERY, seeded())
-    changed = (made.image != image).any(1, keepdim=True)
-    assert not (changed & (made.mask == 0)).any()
-    assert changed[made.mask == 1].float().mean() > 0.9
-    assert made.image.min() >= 0 and made.image.max() <= 1
+    made, mask, _ = synthesize(image, torch.ones(8).bool(), BANK, EVERY, seeded())
+    changed = (made != image).any(1, keepdim=True)
+    assert not (changed & (mask == 0)).any()
+    assert changed[mask == 1].float().mean() > 0.9
+    assert made.min() >= 0 and made.max() <= 1
 
 
 def test_labels_say_whether_a_mask_marks_anything():
-    made = synthesize(images(64), torch.ones(64).bool(), BANK, Synthesis(), seeded())
-    assert torch.equal(made.label, made.mask.flatten(1).amax(1))
+    surface = torch.ones(64).bool()
+    _, mask, label = synthesize(images(64), surface, BANK, Synthesis(), seeded())
+    assert torch.equal(label, mask.flatten(1).amax(1)) and 0 < label.sum() < 64
 
 
 @pytest.mark.parametrize("p_normal", [0.0, 0.25, 0.5, 1.0])
 def test_so_many_images_stay_normal(p_normal):
     n, settings = 400, replace(EVERY, p_normal=p_normal, n_augmentations=0)
     image = images(n, 8)
-    made = synthesize(image, torch.ones(n).bool(), BANK, settings, seeded())
-    normal = made.label == 0
+    made, _, label = synthesize(image, torch.ones(n).bool(), BANK, settings, seeded())
+    normal = label == 0
     deviation = math.sqrt(p_normal * (1 - p_normal) / n)
     assert abs(normal.float().mean().item() - p_normal) <= 4 * deviation
-    assert torch.equal(made.image[normal], image[normal])
+    assert torch.equal(made[normal], image[normal])
 
 
 @pytest.mark.parametrize("shuffle", ["grid", "strips"])
@@ -261,8 +332,8 @@ def test_objects_take_their_shuffled_selves_and_textures_never_do(shuffle):
     settings = replace(EVERY, beta=(0.0, 0.0), n_augmentations=0, p_self=0.5, shuffle=shuffle)
     image = 0.2 + 0.8 * images(200)
     is_texture = torch.arange(200) < 100
-    made = synthesize(image, is_texture, black, settings, seeded())
-    from_itself = (made.image * made.mask).flatten(1).amax(1) > 0
+    made, mask, _ = synthesize(image, is_texture, black, settings, seeded())
+    from_itself = (made * mask).flatten(1).amax(1) > 0
     assert not from_itself[is_texture].any()
     assert abs(from_itself[~is_texture].float().mean().item() - 0.5) <= 4 * 0.05
 
@@ -272,8 +343,8 @@ def test_grey_image_gets_a_grey_source():
     bank = colourful[:, :, None, None].expand(2, 3, 16, 16).contiguous()
     image = images(12)
     image[:6] = image[:6].mean(1, keepdim=True)
-    made = synthesize(image, torch.ones(12).bool(), bank, EVERY, seeded())
-    spread = (made.image.amax(1) - made.image.amin(1)).flatten(1).amax(1)
+    made, _, _ = synthesize(image, torch.ones(12).bool(), bank, EVERY, seeded())
+    spread = (made.amax(1) - made.amin(1)).flatten(1).amax(1)
     assert (spread[:6] < 1e-5).all() and (spread[6:] > 0.1).all()
 
 
@@ -284,8 +355,8 @@ def test_the_same_generator_gives_the_same_anomalies_whatever_the_global_seed():
     for seed in (0, 0, 1):
         torch.rand(3)  # the global generator has moved on
         made.append(synthesize(images(8), mixed, BANK, settings, seeded(seed)))
-    assert torch.equal(made[0].image, made[1].image) and torch.equal(made[0].mask, made[1].mask)
-    assert not torch.equal(made[0].image, made[2].image)
+    assert all(torch.equal(a, b) for a, b in zip(made[0], made[1], strict=True))
+    assert not torch.equal(made[0][0], made[2][0])
 
 
 def test_source_images_are_not_written_to():

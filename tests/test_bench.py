@@ -9,10 +9,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmark is run from there
 
-from bench import memory, metrics, svd  # noqa: E402
+from bench import denoising, memory, metrics, steps, svd, synthesis  # noqa: E402
 from bench.command import TOPICS, chosen, main  # noqa: E402
 from bench.maps import anomaly_maps  # noqa: E402
 from bench.table import Row, to_markdown  # noqa: E402
+from diffad_ref import DecoDiff  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -97,3 +98,25 @@ def test_metrics_agree_with_those_of_scikit_learn():
 def test_iterative_svd_of_falling_spectra_holds_less_and_keeps_the_energy():
     time, memory_, energy = svd.rows(CPU, layers=((40, 400),), chunks=20, rounds=1)
     assert memory_.met and energy.met and time.target is None
+
+
+def test_one_guided_step_is_measured_against_walks_that_call_the_network_more_often():
+    ddim, ddpm = denoising.rows(CPU, batch=1, level=5, calls=3, rounds=1)
+    assert (ddim.note, ddpm.note) == ("3 calls", "6 calls") and ddim.here == ddpm.here > 0
+
+
+def test_each_stage_has_a_training_step_and_each_method_a_prediction():
+    step, prediction = steps.rows(CPU, (DecoDiff,), rounds=1)
+    assert step.measured == "DecoDiff: training step, correction, batch of 16"
+    assert prediction.measured == "DecoDiff: prediction of one image"
+
+
+def test_perlin_masks_are_measured_for_each_image():
+    (row,) = synthesis.rows(CPU, batch=2, size=32, few=1)
+    assert row.unit == "ms" and row.here > 0 and row.there > 0
+
+
+def test_memory_of_the_metrics_is_measured_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(memory, "in_child", memory.judge)  # here in this one, which is quicker
+    time, peak = memory.rows(CPU, count=8, size=32)
+    assert time.here > 0 and (peak.here is None or peak.rival == "limit")

@@ -11,15 +11,24 @@ import yaml
 
 import make
 from check_pages import problems
-from diffad_ref.evaluation import Report
-from diffad_ref.tables import METRICS
-from generated import headline, notebook_table, result_tables, status_page
+from diffad_ref.metrics import METRICS
+from diffad_ref.tools import plan
+from generated import (
+    continual_table,
+    headline,
+    interval_table,
+    notebook_table,
+    plan_tables,
+    result_tables,
+    status_page,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "book").glob("*.md"))
-PROSE = [*PAGES, ROOT / "README.md"]
+PROSE = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = sorted(p.stem for p in (ROOT / "diffad_ref").glob("*.py") if not p.stem.startswith("__"))
+FILES = [p.relative_to(ROOT).with_suffix("") for p in (ROOT / "diffad_ref").rglob("*.py")]
+MODULES = sorted(".".join(p.parts) for p in FILES if not p.stem.startswith("__"))
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 WRITTEN_BY_THE_BUILD = {"book/status"}
 
@@ -51,29 +60,37 @@ def test_every_page_and_notebook_is_a_chapter():
 
 
 def test_every_module_is_on_the_api_page():
-    shown = re.findall(r"automodule:: diffad_ref\.(\w+)", (ROOT / "book/api.md").read_text())
+    shown = re.findall(r"automodule:: (diffad_ref\.[\w.]+)", (ROOT / "book/api.md").read_text())
     assert sorted(shown) == MODULES
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda p: p.stem)
-def test_python_examples_compile_and_import_names_that_exist(page):
+def test_python_examples_compile_and_use_names_that_exist(page):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
-                module = importlib.import_module(node.module)
                 for alias in node.names:
-                    if not hasattr(module, alias.name):  # a module is imported by its full name
-                        importlib.import_module(f"{node.module}.{alias.name}")
+                    resolve(f"{node.module}.{alias.name}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("da."):
+                path = re.match(r"[\w.]+", ast.unparse(node))[0]
+                resolve(path.replace("da", "diffad_ref", 1))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_functions_that_a_page_links_exist(page):
     for name in re.findall(r"\{py:\w+\}`~?([\w.]+)`", page.read_text()):
-        parts = name.split(".")
-        cut = max(i for i in range(1, len(parts) + 1) if ".".join(parts[1:i]) in ["", *MODULES])
-        found = importlib.import_module(".".join(parts[:cut]))
-        for part in parts[cut:]:
-            found = getattr(found, part)
+        resolve(name)
+
+
+def resolve(name: str) -> object:
+    """What a dotted name means: a module, or something in one."""
+    package, *path = name.split(".")
+    found = importlib.import_module(package)
+    for part in path:
+        if not hasattr(found, part):  # a module that nobody has imported yet
+            importlib.import_module(f"{found.__name__}.{part}")
+        found = getattr(found, part)
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -221,21 +238,74 @@ def test_the_status_page_tells_passed_failed_and_not_run_apart(tmp_path):
     assert "torch 9.9" in page
 
 
+def save_record(path: Path, kinds: dict[str, float], **record) -> None:
+    """A file as `evaluate --save` writes it, with one value for all metrics of a category."""
+    rows = [
+        {"category": c, "n_good": 1, "n_defective": 2} | dict.fromkeys(METRICS, value)
+        for c, value in kinds.items()
+    ]
+    mean = rows[0] | {"category": "mean"} | dict.fromkeys(METRICS, sum(kinds.values()) / len(kinds))
+    images = [{"path": "a", "category": "gear", "kind": "bent", "label": 1, "score": 0.5}]
+    report = {"detector": "D", "protocol": "exact", "seed": 0, "seconds_per_image": 0.1}
+    report |= {"table": [*rows, mean], "kinds": [row | {"kind": "bent"} for row in rows]}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record | {"report": report | {"images": images}}))
+
+
 def test_results_are_read_from_the_records_worst_method_first(tmp_path):
     for name, value in {"full_method": 0.75, "PCA": 0.1234}.items():
-        row = {"category": "gear", "n_good": 1, "n_defective": 2, **dict.fromkeys(METRICS, value)}
-        images = [{"path": "a", "category": "gear", "kind": "bent", "label": 1, "score": 0.5}]
-        report = Report("D", [row], [row | {"kind": "bent"}], images, 0.1).to_dict()
-        record = {"commands": ["train", f"evaluate {name}"], "report": report}
-        (tmp_path / "toy").mkdir(exist_ok=True)
-        (tmp_path / "toy" / f"{name}.json").write_text(json.dumps(record))
-    text = result_tables(tmp_path, {"toy": "Toys"})
+        commands = ["train", f"evaluate {name}"]
+        save_record(tmp_path / "toy" / f"{name}.json", {"gear": value}, commands=commands)
+    text = re.sub(" +", " ", result_tables(tmp_path, {"toy": "Toys"}))
     assert text.startswith("### Toys")
     assert text.index("| PCA | 12.3 |") < text.index("| full method | **75.0** |")
     assert text.count("| method | bent |") == 2  # of a single category, a method a row
-    assert "| PCA | 12.3 |\n| full method | **75.0** |" in text.split("pixel AP:")[1]
+    last = text.split("pixel AP:")[1]
+    assert last.index("| PCA | 12.3 |\n") < last.index("| full method | **75.0** |\n")
     assert "train\nevaluate PCA\nevaluate full_method\n```" in text  # a command stands there once
     assert "By category" not in text  # of a single one, the first table says it all
+
+
+def test_results_of_several_categories_show_kinds_as_rows_and_the_best_method_in_full(tmp_path):
+    for name, low in {"better": 0.5, "worse": 0.25}.items():
+        kinds = {"gear": low, "board": 0.5}
+        save_record(tmp_path / "toy" / f"{name}.json", kinds, commands=[name])
+    text = re.sub(" +", " ", result_tables(tmp_path, {"toy": "Toys"}))
+    assert "| category | kind | worse | better |" in text
+    assert "| gear | bent | 25.0 | **50.0** |" in text
+    assert "By category, better:" in text and "| board | 50.0 |" in text.split("By category")[1]
+
+
+def test_variants_of_a_method_stand_with_their_intervals_in_the_order_of_their_files(tmp_path):
+    intervals = dict.fromkeys(METRICS, [0.3, 0.45])
+    for name in ("02-without_it", "01-as_it_is"):
+        options = {"commands": ["train", name], "intervals": intervals}
+        save_record(tmp_path / f"{name}.json", {"gear": 0.4}, **options)
+    text = interval_table(tmp_path)
+    row = "| 40.0 (30.0–45.0) " * 3 + "|\n"
+    assert f"| as it is {row}| without it {row}" in text
+    assert "train\n01-as_it_is\n02-without_it\n```" in text
+
+
+def test_the_table_of_tasks_is_read_from_the_record_beside_the_weights(tmp_path):
+    rows = [
+        {"task": k, "category": c, **dict.fromkeys(METRICS, v), "loss": 0.1}
+        for k, c, v in ((0, "gear", 0.9), (1, "gear", 0.7), (1, "board", 0.8))
+    ]
+    run = {"tasks": [["gear"], ["board"]], "rows": rows, "taken": [{}, {"layer": [1, 4]}]}
+    runs = {"update": {"command": "continual toy", "continual": run}}
+    (tmp_path / "w.json").write_text(json.dumps({"record": {"runs": runs}}))
+    text = re.sub(" +", " ", continual_table(tmp_path / "w.json"))
+    assert "| update | 75.0 | 20.0 | 80.0 |" in text  # A, FM, new
+    assert "| 25.0 |\n" in text and "```bash\ncontinual toy\n```" in text
+
+
+def test_the_page_of_costs_tells_size_memory_and_hours_of_each_method(monkeypatch):
+    found = plan.Plan("Method", 10**6, 10**6, 10**12, 10**12, 10**9, 10**6, 16)
+    monkeypatch.setattr(plan, "paper_plans", lambda: [found])
+    text = plan_tables()
+    assert text.count("| Method ") == 4  # size, memory at two precisions, hours
+    assert f"at {plan.UTILISATION:.0%} of a GPU's peak" in text
 
 
 def test_the_results_page_has_records_of_every_data_set_that_it_names():

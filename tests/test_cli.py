@@ -18,7 +18,8 @@ from diffad_ref.bootstrap import intervals
 from diffad_ref.checkpoints import load_checkpoint, read_description, read_metadata
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.diffusion_ad import DiffusionAD
-from diffad_ref.evaluation import batch_generator, evaluate
+from diffad_ref.diffusion import seeded
+from diffad_ref.evaluation import evaluate
 from diffad_ref.toy import CATEGORIES, toy_factory
 from diffad_ref.training import STATE
 
@@ -241,7 +242,7 @@ def test_predict_writes_a_heat_map_and_a_score_for_each_image(run, mvtec_root, t
         assert Image.open(path).size == (64, 32)  # the image, and its map beside it
     data = AnomalyFolder.from_folders(good=images, image_size=32)
     batch = torch.stack([sample["image"] for sample in data])
-    generator = batch_generator("cpu", 0, 0)
+    generator = seeded("cpu", 0, 0)
     expected = load_checkpoint(run / "weights").predict(batch, generator=generator).score
     found = torch.tensor([float(row["score"]) for row in rows])
     assert torch.allclose(found, expected, atol=2e-6)

@@ -11,15 +11,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
-from diffad_ref.codecs import (
-    CodecConfig,
-    KLCodec,
-    PatchPCA,
-    build_codec,
-    draw_latent,
-    psnr,
-    rebuild,
-)
+from diffad_ref.codecs import CodecConfig, PatchPCA, build_codec, draw_latent
+from diffad_ref.tools.latents import codec_config_of, rebuild
 
 PCA = CodecConfig("pca", channels=6, factor=4)
 KL = CodecConfig(widths=(8, 16), factor=2, layers=1, norm_groups=4)
@@ -53,6 +46,11 @@ def fitted(x=None, **changes):
     return codec
 
 
+def lost(codec, x):
+    """What is lost of images: squared error in [-1, 1], where latents are."""
+    return (codec.decode(codec.encode(x)) - (2 * x - 1)).square().mean().item()
+
+
 def patches(x, factor=4):
     """Patches in rows (n, 3 f²), in [-1, 1], as NumPy has them."""
     x = 2 * x.double().numpy() - 1
@@ -65,33 +63,34 @@ def patches(x, factor=4):
 
 
 def test_all_components_rebuild_every_image_exactly():
-    x = 2 * images(8, seed=1) - 1  # others than it learned from
+    x = images(8, seed=1)  # others than it learned from
     codec = fitted(channels=48)
-    assert torch.allclose(codec.decode(codec.encode(x)), x, atol=1e-5)
+    decoded = codec.decode(codec.encode(x))
+    assert torch.allclose(decoded, 2 * x - 1, atol=1e-5)
+    assert torch.allclose(codec.picture(decoded), x, atol=1e-5)
+
+
+def test_picture_is_cut_to_what_an_image_may_hold():
+    decoded = torch.tensor([-7.0, -1.0, -0.5, 0.0, 1.0, 1.5])
+    assert build_codec(PCA).picture(decoded).tolist() == [0, 0, 0.25, 0.5, 1, 1]
 
 
 @pytest.mark.parametrize("equalise", [0.0, 0.5, 1.0])
 def test_what_few_components_lose_is_the_variance_of_the_others(equalise):
     """The squared error is the sum of the eigenvalues left out; the spread plays no part."""
-    x = 2 * images() - 1
-    codec = fitted(equalise=equalise)
-    error = (codec.decode(codec.encode(x)) - x).square().mean().item()
+    error = lost(fitted(equalise=equalise), images())
     values = np.linalg.eigvalsh(np.cov(patches(images()).T, bias=True))[::-1]
     assert error == pytest.approx(values[6:].sum() / 48, rel=1e-3)
 
 
 def test_more_components_never_rebuild_worse():
-    x = 2 * images() - 1
-    errors = []
-    for channels in (1, 2, 3, 6, 12, 24, 48):
-        codec = fitted(channels=channels)
-        errors.append((codec.decode(codec.encode(x)) - x).square().mean().item())
+    errors = [lost(fitted(channels=count), images()) for count in (1, 2, 3, 6, 12, 24, 48)]
     assert errors == sorted(errors, reverse=True) and errors[0] > 2 * errors[3]
 
 
 @pytest.mark.parametrize("equalise", [0.0, 0.5, 1.0])
 def test_latents_have_variance_1_and_mean_0(equalise):
-    z = fitted(equalise=equalise).encode(2 * images() - 1)
+    z = fitted(equalise=equalise).encode(images())
     assert z.shape == (80, 6, 4, 4)
     assert z.mean((0, 2, 3)).abs().max() < 1e-4
     assert z.var((0, 2, 3), correction=0).mean().item() == pytest.approx(1, rel=1e-3)
@@ -100,7 +99,7 @@ def test_latents_have_variance_1_and_mean_0(equalise):
 @pytest.mark.parametrize("equalise", [0.0, 0.5, 1.0])
 def test_variances_of_the_components_are_evened_out_by_a_power(equalise):
     values = np.linalg.eigvalsh(np.cov(patches(images()).T, bias=True))[::-1][:6]
-    found = fitted(equalise=equalise).encode(2 * images() - 1).var((0, 2, 3), correction=0)
+    found = fitted(equalise=equalise).encode(images()).var((0, 2, 3), correction=0)
     expected = values ** (1 - equalise)
     np.testing.assert_allclose(found, expected / expected.mean(), rtol=2e-3)
 
@@ -119,19 +118,19 @@ def test_component_that_brightens_nothing_is_kept(seed):
     x[..., ::2] += strength.view(-1, 1, 1, 1)
     x[..., 1::2] -= strength.view(-1, 1, 1, 1)
     codec = fitted(x, channels=1, factor=2)
-    assert torch.allclose(codec.decode(codec.encode(2 * x - 1)), 2 * x - 1, atol=1e-5)
+    assert torch.allclose(codec.decode(codec.encode(x)), 2 * x - 1, atol=1e-5)
 
 
 def test_images_that_are_all_alike_still_come_back():
     x = torch.full((3, 3, 8, 8), 0.25)
     codec = fitted(x)
-    assert torch.allclose(codec.decode(codec.encode(2 * x - 1)), 2 * x - 1, atol=1e-5)
+    assert torch.allclose(codec.decode(codec.encode(x)), 2 * x - 1, atol=1e-5)
 
 
 def test_patch_only_touches_its_own_cell():
-    x, codec = 2 * images(1) - 1, fitted()
+    x, codec = images(1), fitted()
     changed = x.clone()
-    changed[..., 4:8, 8:12] *= -1
+    changed[..., 4:8, 8:12] = 1 - changed[..., 4:8, 8:12]
     differs = (codec.encode(x) != codec.encode(changed)).any(1)[0]
     assert differs.nonzero().tolist() == [[1, 2]]
 
@@ -144,17 +143,28 @@ def test_learning_twice_gives_the_same_codec_bit_for_bit_and_the_first_lesson_st
 
 
 def test_pca_leaves_nothing_to_chance():
-    x = 2 * images(2) - 1
-    mean, std = fitted().posterior(x).chunk(2, 1)
-    assert not std.any() and torch.equal(mean, fitted().encode(x))
+    codec, x = fitted(), images(2)
+    mean, std = codec.posterior(x).chunk(2, 1)
+    assert not std.any() and torch.equal(mean, codec.encode(x))
+    assert torch.equal(codec.sample(x, torch.Generator()), mean)
 
 
-@pytest.mark.parametrize("use", ["encode", "posterior", "decode"])
+@pytest.mark.parametrize("use", ["encode", "posterior", "sample"])
 @pytest.mark.parametrize("config", [PCA, KL], ids=["pca", "kl"])
 def test_codec_that_is_not_ready_refuses_to_work(config, use):
-    shape = (1, config.channels, 4, 4) if use == "decode" else (1, 3, 16, 16)
-    with pytest.raises(ValueError, match=r"yet: call prepare\(dataset\)"):
-        getattr(build_codec(config), use)(torch.zeros(shape))
+    codec, rest = build_codec(config), [torch.Generator()] * (use == "sample")
+    assert not codec.is_ready()
+    with pytest.raises(ValueError, match=r"knows nothing yet: call prepare\(dataset\), or fit"):
+        getattr(codec, use)(images(1), *rest)
+
+
+@pytest.mark.parametrize("config", [PCA, KL], ids=["pca", "kl"])
+def test_codec_without_memory_counts_as_ready_because_nothing_in_it_has_a_value(config):
+    with torch.device("meta"):
+        codec, x = build_codec(config), torch.rand(2, 3, 16, 16)
+        z, cells = codec.encode(x), 16 // config.factor
+    assert z.is_meta and z.shape == (2, config.channels, cells, cells)
+    assert codec.decode(z).shape == x.shape
 
 
 @pytest.mark.parametrize("channels", [0, 49])
@@ -222,10 +232,20 @@ def folder(vae, tmp_path):
     return tmp_path / "vae"
 
 
+def config_of(folder, **changes):
+    return replace(KL, **{"pretrained": str(folder), "scale": 0.5, **changes})
+
+
+def loaded(folder):
+    codec = build_codec(config_of(folder))
+    codec.prepare(None)
+    return codec
+
+
 @torch.no_grad()
 def test_loaded_autoencoder_has_the_numbers_of_diffusers(vae, folder):
-    codec, x = KLCodec.from_pretrained(folder), 2 * images(2) - 1
-    posterior = vae.encode(x).latent_dist
+    codec, x = loaded(folder), images(2)
+    posterior = vae.encode(2 * x - 1).latent_dist
     assert torch.allclose(codec.encode(x), 0.5 * posterior.mean, atol=1e-6)
     expected = 0.5 * torch.cat([posterior.mean, posterior.std], 1)
     assert torch.allclose(codec.posterior(x), expected, atol=1e-6)
@@ -233,17 +253,27 @@ def test_loaded_autoencoder_has_the_numbers_of_diffusers(vae, folder):
     assert torch.allclose(codec.decode(z), vae.decode(z / 0.5).sample, atol=1e-5)
 
 
-def test_sizes_of_a_loaded_autoencoder_are_those_of_its_folder(folder):
-    config = KLCodec.from_pretrained(folder).config
-    assert config == replace(KL, pretrained=str(folder), scale=0.5)
+@torch.no_grad()
+def test_sample_of_an_autoencoder_spreads_around_its_mean_by_its_deviation(folder):
+    codec, x = loaded(folder), images(1).expand(2000, 3, 16, 16)[..., :4, :4]
+    mean, std = codec.posterior(x[:1]).chunk(2, 1)
+    z = codec.sample(x, torch.Generator().manual_seed(0))
+    assert torch.allclose(z.mean(0), mean[0], atol=0.15 * std.max().item())
+    assert torch.allclose(z.std(0) / std[0], torch.ones_like(std[0]), atol=0.1)
+
+
+def test_config_of_any_autoencoder_is_read_from_its_folder(folder):
+    assert codec_config_of(folder) == config_of(folder)
+    assert codec_config_of(folder.parent, "vae") == config_of(folder.parent, subfolder="vae")
+    codec = build_codec(codec_config_of(folder))
+    codec.prepare(None)
+    assert codec.is_ready()
 
 
 @torch.no_grad()
 def test_codec_is_prepared_once_from_where_its_config_says(folder):
-    codec = build_codec(replace(KL, pretrained=str(folder), scale=0.5))
-    codec.prepare(None)
-    x = 2 * images(2) - 1
-    expected = KLCodec.from_pretrained(folder).encode(x)
+    codec, x = loaded(folder), images(2)
+    expected = codec.encode(x)
     (folder / WEIGHTS).unlink()
     codec.prepare(None)  # it is ready, and nothing is read
     assert torch.equal(codec.encode(x), expected)
@@ -253,9 +283,10 @@ def test_codec_is_prepared_once_from_where_its_config_says(folder):
     "change", [{"scale": 0.18215}, {"norm_groups": 2}, {"layers": 2}, {"widths": (8, 8)}], ids=str
 )
 def test_autoencoder_of_another_kind_than_the_config_is_refused(folder, change):
-    codec = build_codec(replace(KL, **{"pretrained": str(folder), "scale": 0.5, **change}))
-    with pytest.raises(ValueError, match="vae' is another than the config says"):
+    codec = build_codec(config_of(folder, **change))
+    with pytest.raises(ValueError, match="vae' is another autoencoder than the config"):
         codec.prepare(None)
+    assert not codec.is_ready()
 
 
 def test_levels_must_make_the_factor():
@@ -263,18 +294,17 @@ def test_levels_must_make_the_factor():
         build_codec(replace(KL, factor=8))
 
 
-@pytest.mark.parametrize("lost", ["config.json", WEIGHTS])
-def test_folder_that_lacks_a_file_is_named_with_what_it_holds(folder, lost):
-    (folder / lost).unlink()
-    left = WEIGHTS if lost == "config.json" else "config.json"
-    message = rf"vae is no autoencoder: config.json and {WEIGHTS} belong in it, found \['{left}'\]"
-    with pytest.raises(FileNotFoundError, match=message):
-        KLCodec.from_pretrained(folder)
+@pytest.mark.parametrize("missing", ["config.json", WEIGHTS])
+def test_folder_that_lacks_a_file_is_named(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no autoencoder in '{folder}'"):
+        loaded(folder)
 
 
 def test_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing is no autoencoder: .* found no folder"):
-        KLCodec.from_pretrained(tmp_path / "nothing")
+    for use in (loaded, codec_config_of):
+        with pytest.raises(FileNotFoundError, match=f"no autoencoder in '{tmp_path}/nothing'"):
+            use(tmp_path / "nothing")
 
 
 def test_name_that_cannot_be_reached_is_named(monkeypatch):
@@ -282,22 +312,22 @@ def test_name_that_cannot_be_reached_is_named(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", unreachable)
-    with pytest.raises(FileNotFoundError, match="no autoencoder 'some/vae': no route to host"):
-        build_codec(replace(KL, pretrained="some/vae")).prepare(None)
+    with pytest.raises(FileNotFoundError, match="no autoencoder in 'some/vae': no route to host"):
+        loaded("some/vae")
 
 
 def test_damaged_weights_are_named(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:5000])
     with pytest.raises(FileNotFoundError, match=WEIGHTS):
-        KLCodec.from_pretrained(folder)
+        loaded(folder)
 
 
 def test_folder_without_one_of_the_weights_never_gets_random_ones_instead(folder):
     state = load_file(folder / WEIGHTS)
     del state["decoder.conv_out.weight"]
     save_file(state, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(ValueError, match="vae' is no autoencoder of this kind"):
-        KLCodec.from_pretrained(folder)
+    with pytest.raises(ValueError, match="vae' is another autoencoder than the config"):
+        loaded(folder)
 
 
 def test_autoencoder_that_is_built_in_another_way_is_refused(folder):
@@ -307,21 +337,30 @@ def test_autoencoder_that_is_built_in_another_way_is_refused(folder):
     (folder / "config.json").write_text(json.dumps(config))
     state = {k: v for k, v in load_file(folder / WEIGHTS).items() if "quant_conv" not in k}
     save_file(state, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(ValueError, match="vae' is no autoencoder of this kind"):
-        KLCodec.from_pretrained(folder)
+    with pytest.raises(ValueError, match="vae' is another autoencoder than the config"):
+        loaded(folder)
 
 
 # ----------------------------------------------------------------------------------------- quality
 
 
+class Off(PatchPCA):
+    """Rebuilds every picture a little too bright."""
+
+    def decode(self, z):
+        return super().decode(z) + 0.2
+
+
 def test_an_error_of_a_tenth_of_the_range_is_20_db():
-    x = torch.zeros(2, 3, 4, 4)
-    assert psnr(x, x + 0.2) == pytest.approx(20)
+    codec, x = Off(replace(PCA, channels=48)), 0.8 * images()
+    codec.prepare(Images(x))
+    assert rebuild(codec, Images(x), progress=False) == pytest.approx(20, abs=1e-3)
 
 
 def test_quality_over_a_data_set_is_that_of_all_its_pixels_whatever_the_batches():
     codec, x = fitted(), images()
-    rebuilt = codec.decode(codec.encode(2 * x - 1)).clamp(-1, 1)
+    rebuilt = codec.picture(codec.decode(codec.encode(x)))
+    expected = -10 * np.log10((rebuilt - x).square().mean().item())
     for size in (7, 80):
         found = rebuild(codec, Images(x), size, progress=False)
-        assert found == pytest.approx(psnr(2 * x - 1, rebuilt), abs=1e-3)
+        assert found == pytest.approx(expected, abs=1e-3)

@@ -22,7 +22,7 @@ from diffad_ref.continual import (
     summarise,
 )
 from diffad_ref.data import AnomalyFolder
-from diffad_ref.evaluation import batch_generator
+from diffad_ref.diffusion import seeded
 from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.one_for_more import Config, OneForMore
 from diffad_ref.texture_sources import texture_bank
@@ -246,7 +246,7 @@ def predict_old(detector, root):
     """The prediction for the first task's images that its memory was gathered from."""
     data = AnomalyFolder(root, "train", 32, TASKS[0])
     images = torch.stack([sample["image"] for sample in data])
-    return detector.predict(images, generator=batch_generator(detector.device, 0, 0))
+    return detector.predict(images, generator=seeded(detector.device, 0, 0))
 
 
 @torch.no_grad()

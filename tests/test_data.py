@@ -9,8 +9,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffad_ref.data import AnomalyFolder, is_texture
-from diffad_ref.images import check_images, read_image, resize_mask
+from diffad_ref.data import (
+    TEXTURES,
+    AnomalyFolder,
+    estimate_foreground,
+    read_image,
+    resize_mask,
+)
+from diffad_ref.detector import check_images
+from diffad_ref.tools.toy_objects import OBJECTS
 
 FIRST_CRACK = 0  # kinds are sorted, so "crack" precedes "good"
 
@@ -26,6 +33,7 @@ def test_sample_has_the_fields_of_the_contract(mvtec_root):
         "label": 1,
         "category": "bottle",
         "category_index": 0,
+        "texture": False,
         "kind": "crack",
         "path": str(mvtec_root / "bottle/test/crack/005.png"),
     }
@@ -35,6 +43,7 @@ def test_default_collate_makes_batches_that_pass_the_border_check(mvtec_root):
     batch = next(iter(DataLoader(AnomalyFolder(mvtec_root, "test", image_size=8), batch_size=5)))
     check_images(batch["image"])
     assert batch["label"].tolist() == [1, 1, 0, 0, 1]
+    assert batch["texture"].dtype == torch.bool and not batch["texture"].any()
     assert batch["kind"] == ["crack", "crack", "good", "good", "hole"]
 
 
@@ -101,13 +110,76 @@ def test_dataset_can_be_sent_to_worker_processes(mvtec_root):
     assert torch.equal(copy[3]["image"], dataset[3]["image"])
 
 
+@pytest.mark.parametrize(("size", "crop"), [(16, 12), (16, 16), (17, 10), ((12, 21), 7)])
+def test_crop_keeps_the_middle_of_image_mask_and_foreground(mvtec_root, size, crop):
+    arguments = {"split": "test", "image_size": size, "foreground": "estimate"}
+    whole = AnomalyFolder(mvtec_root, **arguments)[FIRST_CRACK]
+    found = AnomalyFolder(mvtec_root, **arguments, crop=crop)[FIRST_CRACK]
+    height, width = whole["image"].shape[1:]
+    top, left = (height - crop) // 2, (width - crop) // 2
+    for name in ("image", "mask", "foreground"):
+        middle = whole[name][:, top : top + crop, left : left + crop]
+        assert torch.equal(found[name], middle), name
+
+
+def test_image_whose_defect_is_cropped_away_keeps_its_label(mvtec_root, write):
+    mask = np.zeros((20, 24), np.uint8)
+    mask[:3, :3] = 255
+    write(mvtec_root / "bottle/ground_truth/crack/005_mask.png", mask)
+    sample = AnomalyFolder(mvtec_root, "test", 20, crop=12)[FIRST_CRACK]
+    assert sample["label"] == 1 and not sample["mask"].any()
+
+
+# Surfaces and objects
+
+
+def test_known_surfaces_are_textures_and_objects_are_not():
+    assert {"carpet", "zipper", "brick", "magnetic_tile", "Class10"} <= TEXTURES
+    assert not {"bottle", "gear", "capsule", "board"} & TEXTURES
+
+
+def textures_of(dataset):
+    """The name of each category, and whether its samples say that it is a surface."""
+    return {s["category"]: s["texture"] for s in (dataset[i] for i in range(len(dataset)))}
+
+
+def test_samples_of_known_surfaces_say_so(mvtec_root):
+    assert textures_of(AnomalyFolder(mvtec_root)) == {"bottle": False, "carpet": True}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_empty_file_called_texture_makes_a_category_a_surface(mvtec_root, split):
+    (mvtec_root / "bottle/texture").touch()
+    assert textures_of(AnomalyFolder(mvtec_root, split)) == {"bottle": True, "carpet": True}
+    assert textures_of(AnomalyFolder(mvtec_root / "bottle", split)) == {"bottle": True}
+
+
+@pytest.mark.parametrize("names", [[], ["bottle"], ["bottle", "carpet"]])
+def test_names_that_are_given_overrule_known_names_and_marker_files(mvtec_root, names):
+    (mvtec_root / "carpet/texture").touch()
+    found = textures_of(AnomalyFolder(mvtec_root, textures=names))
+    assert [category for category, surface in found.items() if surface] == names
+
+
+def test_unknown_texture_lists_the_categories(mvtec_root):
+    with pytest.raises(ValueError, match=r"\['cork'\] among bottle, carpet"):
+        AnomalyFolder(mvtec_root, textures=["carpet", "cork"])
+
+
+# Foreground
+
+
+def test_foreground_is_left_out_unless_it_is_asked_for(mvtec_root):
+    assert "foreground" not in AnomalyFolder(mvtec_root)[0]
+
+
 def test_foreground_folder_adds_its_mask_by_place_and_name(mvtec_root, write):
     foreground = mvtec_root.parent / "foreground"
     for i in range(3):
         mask = np.zeros((20, 24), np.uint8)
         mask[: 5 * i + 5] = 255
         write(foreground / f"bottle/train/good/00{i}.bmp", mask)
-    dataset = AnomalyFolder(mvtec_root, "train", None, ["bottle"], foreground)
+    dataset = AnomalyFolder(mvtec_root, "train", None, ["bottle"], foreground=foreground)
     assert [dataset[i]["foreground"].sum().item() for i in range(3)] == [120, 240, 360]
 
 
@@ -118,10 +190,54 @@ def test_missing_foreground_mask_is_named(mvtec_root, write):
         AnomalyFolder(mvtec_root, categories=["bottle"], foreground=foreground)
 
 
-def test_textures_fill_the_image_and_objects_do_not():
-    textures = ["carpet", "zipper", "brick", "magnetic_tile", "Class10"]
-    assert all(is_texture(category) for category in textures)
-    assert not any(is_texture(category) for category in ["bottle", "gear", "capsule", "board"])
+def test_estimated_foreground_is_that_of_the_resized_image_and_a_surface_is_all_of_it(
+    mvtec_root, write
+):
+    pixels = np.full((20, 24, 3), 30, np.uint8)
+    pixels[6:14, 8:18] = 200  # noise all over would be no product
+    for category in ("bottle", "carpet"):
+        write(mvtec_root / category / "train/good/000.png", pixels)
+    dataset = AnomalyFolder(mvtec_root, image_size=16, foreground="estimate")
+    bottle, carpet = (dataset[i]["foreground"] for i in (0, 3))
+    small = (dataset[0]["image"] * 255).round().byte().permute(1, 2, 0).numpy()
+    assert bottle.dtype == torch.float32 and bottle.shape == (1, 16, 16)
+    assert np.array_equal(bottle[0], estimate_foreground(small))
+    assert 0.1 < bottle.mean() < 0.9 and carpet.all()
+
+
+def scene(name, seed, size=64):
+    """A toy product, uint8 (size, size, 3), and where it is, from the renderer itself."""
+    image, product = OBJECTS[name](np.random.default_rng(seed)).render(size)
+    return (image * 255).round().astype(np.uint8), product.astype(bool)
+
+
+@pytest.mark.parametrize(("name", "overlap"), [("gear", 0.6), ("capsule", 0.7), ("board", 0.75)])
+def test_estimated_foreground_covers_the_product_with_a_margin(name, overlap):
+    for seed in range(10):
+        image, product = scene(name, seed)
+        found = estimate_foreground(image).astype(bool)
+        both = (found & product).sum()
+        assert both / product.sum() > 0.94
+        assert both / (found | product).sum() > overlap and found.mean() < 0.85
+
+
+@pytest.mark.parametrize("level", [0, 100, 255])
+def test_flat_image_is_all_foreground(level):
+    found = estimate_foreground(np.full((32, 24, 3), level, np.uint8))
+    assert found.shape == (32, 24) and found.dtype == np.uint8 and (found == 1).all()
+
+
+def test_speck_is_no_product_so_the_whole_image_counts():
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[30, 30] = 255
+    assert estimate_foreground(image).all()
+
+
+def test_dark_product_on_a_light_ground_is_found_as_well():
+    image = np.full((48, 48, 3), 255, np.uint8)
+    image[12:36, 16:32] = 0
+    found = estimate_foreground(image)
+    assert found[12:36, 16:32].all() and not found[:6].any() and not found[:, :10].any()
 
 
 # How files are read
@@ -131,7 +247,7 @@ def test_textures_fill_the_image_and_objects_do_not():
 def test_lossless_formats_give_the_same_pixels(tmp_path, write, suffix):
     pixels = np.random.default_rng(1).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     write(tmp_path / f"a.{suffix}", pixels)
-    image = AnomalyFolder.from_folders(good=tmp_path, image_size=None)[0]["image"]
+    image = AnomalyFolder.from_folders(test=tmp_path, image_size=None)[0]["image"]
     assert np.array_equal(image.numpy() * 255, pixels.transpose(2, 0, 1))
 
 
@@ -252,7 +368,8 @@ def test_mask_that_marks_nothing_on_a_defective_image_is_warned_about(mvtec_root
 
 def test_plain_folder_of_good_images_is_a_training_set(mvtec_root):
     folder = mvtec_root / "bottle/train/good"
-    dataset = AnomalyFolder.from_folders(good=folder, image_size=16, category="bottle")
+    words = {"image_size": 16, "category": "bottle", "texture": False}
+    dataset = AnomalyFolder.from_folders(good=folder, **words)
     assert (dataset.split, dataset.categories, len(dataset)) == ("train", ["bottle"], 3)
     assert torch.equal(dataset[1]["image"], AnomalyFolder(mvtec_root, image_size=16)[1]["image"])
 
@@ -267,6 +384,41 @@ def test_loose_test_images_claim_neither_labels_nor_masks(mvtec_root):
     dataset = AnomalyFolder.from_folders(test=mvtec_root / "bottle/test/hole")
     assert not dataset.has_labels and not dataset.has_masks
     assert [record.kind for record in dataset.samples] == ["unlabelled"] * 2
+
+
+def test_training_folder_that_is_not_told_whether_it_shows_a_surface_warns(mvtec_root):
+    folder = mvtec_root / "bottle/train/good"
+    with pytest.warns(UserWarning, match="'bolts' is taken for an object.*texture=True"):
+        dataset = AnomalyFolder.from_folders(good=folder, category="bolts")
+    assert not dataset[0]["texture"]
+
+
+@pytest.mark.parametrize(
+    ("words", "surface"),
+    [
+        ({"texture": True}, True),
+        ({"texture": False}, False),
+        ({"category": "carpet"}, True),
+        ({"category": "carpet", "texture": False}, False),
+    ],
+)
+def test_training_folder_that_is_told_does_not_warn(mvtec_root, recwarn, words, surface):
+    folder = mvtec_root / "bottle/train/good"
+    assert AnomalyFolder.from_folders(good=folder, **words)[0]["texture"] is surface
+    assert not recwarn.list
+
+
+def test_folder_of_images_to_judge_never_warns(mvtec_root, recwarn):
+    AnomalyFolder.from_folders(test=mvtec_root / "bottle/test")
+    assert not recwarn.list
+
+
+def test_plain_folder_is_cropped_and_its_product_found_as_in_the_layout(mvtec_root):
+    folder, words = mvtec_root / "bottle/test", {"crop": 12, "foreground": "estimate"}
+    plain = AnomalyFolder.from_folders(test=folder, image_size=16, **words)
+    layout = AnomalyFolder(mvtec_root / "bottle", "test", 16, **words)
+    for name in ("image", "foreground"):
+        assert torch.equal(plain[2][name], layout[2][name])
 
 
 @pytest.mark.parametrize("folders", [{}, {"good": ".", "test": "."}])
@@ -320,6 +472,12 @@ def test_impossible_image_size_is_refused(mvtec_root, size):
         AnomalyFolder(mvtec_root, image_size=size)
 
 
+@pytest.mark.parametrize(("size", "crop"), [(16, 17), ((8, 32), 9), (None, 4)])
+def test_crop_larger_than_the_image_or_of_unknown_size_is_refused(mvtec_root, size, crop):
+    with pytest.raises(ValueError, match=f"cannot crop {crop} pixels"):
+        AnomalyFolder(mvtec_root, image_size=size, crop=crop)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9])
 def test_truncated_png_is_named_wherever_it_breaks_off(mvtec_root, share):
     path = mvtec_root / "bottle/train/good/000.png"
@@ -339,36 +497,3 @@ def test_floating_point_image_is_refused_because_its_range_is_unknown(tmp_path, 
     path = write(tmp_path / "a.tif", np.ones((4, 4), np.float32))
     with pytest.raises(ValueError, match="a.tif: floating-point"):
         read_image(path)
-
-
-# The border check
-
-
-@pytest.mark.parametrize(
-    ("images", "words"),
-    [
-        (torch.rand(3, 8, 8), r"\(3, 8, 8\).*images\[None\]"),
-        (torch.rand(2, 1, 8, 8), r"\(B, 3, H, W\), got \(2, 1, 8, 8\)"),
-        (torch.rand(2, 8, 8, 3), r"got \(2, 8, 8, 3\)"),
-        (torch.rand(0, 3, 8, 8), "batch is empty"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "float32.*torch.uint8.*255"),
-        (torch.full((1, 3, 8, 8), 255.0), r"found \[255, 255\]; divide by 255"),
-        (torch.full((1, 3, 8, 8), -1.0), r"found \[-1, -1\]; is it still in \[-1, 1\]"),
-        (torch.full((1, 3, 8, 8), float("inf")), "NaN or infinite"),
-        (np.zeros((1, 3, 8, 8)), "expected a tensor.*ndarray"),
-    ],
-)
-def test_what_is_no_batch_of_images_is_refused_with_a_hint(images, words):
-    with pytest.raises(ValueError, match=words):
-        check_images(images)
-
-
-def test_the_image_with_nan_pixels_is_counted_and_the_name_is_the_callers():
-    images = torch.rand(4, 3, 8, 8)
-    images[2, 0, 3, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"^the originals: NaN.*\[2\]"):
-        check_images(images, "the originals")
-
-
-def test_images_from_zero_to_one_inclusive_pass():
-    assert check_images(torch.linspace(0, 1, 3 * 4).view(1, 3, 2, 2)) is None

@@ -1,40 +1,30 @@
-"""DeCo-Diff: its formulas by algebra, its steps with models that are perfect, and its borders."""
-
-from dataclasses import replace
+"""DeCo-Diff: its formulas by algebra and by loops over slices, its steps with perfect models."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+from einops import EinopsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffad_ref.checkpoints import load_checkpoint, save_checkpoint
-from diffad_ref.codecs import CodecConfig, KLCodec
 from diffad_ref.deco_diff import (
-    Config,
-    DecoDiff,
+    ODDS,
+    Corruption,
     correct,
     corrupt,
     deviation,
+    draw_corruption,
     image_discrepancy,
     latent_discrepancy,
+    mix_noise,
+    moved_crop,
+    patch_mask,
+    shuffle_patches,
 )
-from diffad_ref.detector import Rate, Stage
 from diffad_ref.diffusion import Schedule, ddim_step
-from diffad_ref.patches import Corruption
-from diffad_ref.training import fit
 
 SCHEDULE = Schedule.named("cosine", 10)
 TIMES = (8, 6, 4, 2, 0)
-SMALL = Config.tiny(
-    32,
-    codec=CodecConfig("pca", channels=6, factor=4),
-    classes=2,
-    width=8,
-    multipliers=(1, 2),
-    heads=1,
-    context=8,
-    norm_groups=4,
-)
 
 
 def seeded(seed=0):
@@ -45,32 +35,25 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=seeded(seed))
 
 
-class Images(list):
-    """Samples of two categories: coloured ramps, one along each axis."""
-
-    categories = ("across", "down")
-
-    def __init__(self, count=8, size=32):
-        ramp, generator = torch.linspace(0, 0.8, size).expand(size, size), seeded()
-        for i in range(count):
-            tint = torch.rand(3, 1, 1, generator=generator) * 0.2
-            self.append({"image": (ramp if i % 2 == 0 else ramp.T) + tint, "category_index": i % 2})
-
-
-def batch_of(count=8, size=32):
-    return torch.utils.data.default_collate(Images(count, size))
-
-
-def build(seed=0, **changes):
-    """A small detector whose codec is ready."""
-    torch.manual_seed(seed)
-    detector = DecoDiff(replace(SMALL, **changes))
-    detector.prepare(Images(16))
-    return detector.eval()
+def latents(b=3, side=8, channels=2):
+    return randn(b, channels, side, side)
 
 
 def alphas(*values):
     return torch.tensor(values).view(-1, 1, 1, 1)
+
+
+def by_slices(images, height, width):
+    """Patches as a loop finds them: row by row."""
+    h, w = images.shape[-2:]
+    return torch.stack(
+        [
+            images[..., y : y + height, x : x + width]
+            for y in range(0, h, height)
+            for x in range(0, w, width)
+        ],
+        1,
+    )
 
 
 # ------------------------------------------------------------------------------------- corruption
@@ -102,6 +85,206 @@ def test_deviation_by_pencil():
     assert deviation(z_0, eps, mask, alphas(0.64)).item() == pytest.approx(-1 - 3 / 3)
 
 
+# ----------------------------------------------------------------------------------------- shuffle
+
+
+def test_order_that_counts_up_leaves_the_batch_as_it_is():
+    assert torch.equal(shuffle_patches(latents(), 2, torch.arange(48)), latents())
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+def test_shuffle_takes_patch_order_i_of_the_whole_batch_to_place_i(patch):
+    z = latents()
+    n = (8 // patch) ** 2
+    order = torch.randperm(3 * n, generator=seeded(1))
+    before, after = (
+        by_slices(x, patch, patch).flatten(0, 1) for x in (z, shuffle_patches(z, patch, order))
+    )
+    for place, source in enumerate(order.tolist()):
+        assert torch.equal(after[place], before[source])
+
+
+def test_shuffle_loses_and_doubles_nothing():
+    z = latents()
+    found = shuffle_patches(z, 2, torch.randperm(48, generator=seeded(1)))
+    assert torch.equal(found.flatten().sort().values, z.flatten().sort().values)
+
+
+def test_shuffle_with_patches_that_do_not_divide_is_refused():
+    with pytest.raises(EinopsError):
+        shuffle_patches(latents(), 3, torch.arange(12))
+
+
+# -------------------------------------------------------------------------------------------- mask
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_mask_keeps_exactly_so_many_whole_patches_of_each_image(patch):
+    n = (8 // patch) ** 2
+    kept = torch.tensor([0, 1, n // 2, n])
+    order = torch.rand(4, n, generator=seeded()).argsort(1)
+    mask = patch_mask(kept, order, patch, 8)
+    assert mask.shape == (4, 1, 8, 8)
+    patches = by_slices(mask, patch, patch).flatten(2)  # (4, n, patch²)
+    assert torch.equal(patches.amin(2), patches.amax(2))  # a patch is kept as a whole
+    assert patches.amax(2).sum(1).tolist() == kept.tolist()
+    for image, count in enumerate(kept):
+        places = patches[image, :, 0].nonzero().flatten().tolist()
+        assert sorted(order[image, :count].tolist()) == places
+
+
+def test_mix_takes_gaussian_noise_where_n_is_1_and_foreign_content_elsewhere():
+    gaussian, foreign = latents(1), 100 + latents(1)
+    n = torch.zeros(1, 1, 8, 8)
+    n[..., :3, :] = 1
+    found = mix_noise(gaussian, foreign, n)
+    assert torch.equal(found[..., :3, :], gaussian[..., :3, :])
+    assert torch.equal(found[..., 3:, :], foreign[..., 3:, :])
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+def test_table_for_32_cells_is_the_papers():
+    assert Corruption.of_side(32).patch_sizes == Corruption().patch_sizes == (1, 2, 4, 8, 16)
+    assert Corruption.of_side(32).patch_odds == pytest.approx((0.3, 0.25, 0.2, 0.15, 0.1))
+    assert Corruption().patch_odds == ODDS
+
+
+@pytest.mark.parametrize(
+    ("side", "sizes"),
+    [
+        (2, (1,)),
+        (8, (1, 2, 4)),
+        (12, (1, 2, 4)),
+        (15, (1,)),
+        (18, (1, 2)),
+        (64, (1, 2, 4, 8, 16)),
+        (96, (1, 2, 4, 8, 16)),
+    ],
+)
+def test_table_of_another_side_has_what_divides_it_up_to_half_and_its_odds_sum_to_1(side, sizes):
+    found = Corruption.of_side(side)
+    assert found.patch_sizes == sizes
+    assert sum(found.patch_odds) == pytest.approx(1)
+    first = found.patch_odds[0]
+    assert [p / first for p in found.patch_odds] == pytest.approx(
+        [p / 0.3 for p in (0.3, 0.25, 0.2, 0.15, 0.1)][: len(sizes)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "odds"),
+    [((1, 3, 16), (0.5, 0.25, 0.25)), ((), ()), ((1, 2), (1.0,)), ((1,), (0.5, 0.5))],
+)
+def test_patches_must_divide_the_latent_and_each_needs_its_odds(sizes, odds):
+    with pytest.raises(ValueError, match="patches must divide latents of 8 cells, and each needs"):
+        Corruption(sizes, odds).check(8)
+
+
+# ------------------------------------------------------------------------------------------ drawing
+
+
+def drawn(b=64, side=8, seed=0, **changes):
+    settings = {"patch_sizes": (2,), "patch_odds": (1.0,), **changes}
+    z = torch.full((b, 1, side, side), 100.0) + torch.arange(b).view(-1, 1, 1, 1)
+    return draw_corruption(z, Corruption(**settings), seeded(seed))
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.0, 16), (0.25, 12), (0.5, 8), (1.0, 0)])
+def test_mask_ratio_that_is_fixed_corrupts_that_share_of_the_patches_of_each_image(ratio, kept):
+    mask, _ = drawn(mask_ratio=(ratio, ratio))
+    assert mask.sum((1, 2, 3)).tolist() == [4 * kept] * 64
+
+
+def test_mask_ratio_fills_its_range_and_stays_within():
+    mask, _ = drawn(512, 16, mask_ratio=(0.0, 0.7), patch_sizes=(1,))
+    corrupted = 1 - mask.mean((1, 2, 3))
+    # As many patches are kept as fit wholly: up to one more is corrupted than the share says.
+    assert corrupted.min() < 0.01 and 0.69 < corrupted.max() <= 0.7 + 1 / 256
+    assert corrupted.mean().item() == pytest.approx(0.35, abs=0.03)
+
+
+def test_foreign_ratio_0_gives_pure_gaussian_noise():
+    _, eps = drawn(foreign_ratio=(0.0, 0.0))
+    assert eps.abs().max() < 7  # the latents lie at 100 and above
+    assert eps.mean().item() == pytest.approx(0, abs=0.06)
+    assert eps.std().item() == pytest.approx(1, abs=0.06)
+
+
+def test_foreign_ratio_1_gives_nothing_but_the_patches_of_the_batch():
+    _, eps = drawn(foreign_ratio=(1.0, 1.0))
+    counts = eps.long().flatten().bincount()[100:]
+    assert counts.tolist() == [64] * 64  # each image's number as often as it has cells
+
+
+def test_foreign_patches_come_from_other_images_too():
+    _, eps = drawn(foreign_ratio=(1.0, 1.0))
+    own = eps.long() - 100 == torch.arange(64).view(-1, 1, 1, 1)
+    assert own.float().mean() < 0.1  # 1 / 64 of them by chance
+
+
+def test_foreign_ratio_counts_whole_patches():
+    _, eps = drawn(foreign_ratio=(0.25, 0.25))
+    foreign = by_slices((eps > 50).float(), 2, 2).flatten(2)
+    assert torch.equal(foreign.amin(2), foreign.amax(2))
+    assert foreign.amax(2).sum(1).tolist() == [4] * 64
+
+
+def test_patch_size_of_a_batch_follows_its_odds():
+    """Of 300 draws, about 30 % have single cells; patches of two are never cut through."""
+    single = 0
+    for seed in range(300):
+        mask, _ = drawn(
+            2, 4, seed, patch_sizes=(1, 2), patch_odds=(0.3, 0.7), mask_ratio=(0.5, 0.5)
+        )
+        patches = by_slices(mask, 2, 2).flatten(2)
+        single += bool((patches.amin(2) != patches.amax(2)).any())
+    assert 0.3 * 300 - 25 < single < 0.3 * 300 + 25
+
+
+def test_same_generator_draws_the_same_corruption():
+    for a, b in zip(drawn(seed=3), drawn(seed=3), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(drawn(seed=3)[1], drawn(seed=4)[1])
+
+
+# ------------------------------------------------------------------------------------ moved crops
+
+
+def places_of(crops, images, size=32):
+    """Where in its image each crop lies: (row, column) of its corner."""
+    places = []
+    for crop, image in zip(crops, images, strict=True):
+        windows = image.unfold(1, size, 1).unfold(2, size, 1)  # (3, rows, columns, size, size)
+        same = (windows == crop[:, None, None]).all(-1).all(-1).all(0)
+        places.append(tuple(same.nonzero()[0].tolist()))
+    return places
+
+
+@pytest.mark.parametrize("size", [32, 40])
+def test_crop_that_may_not_move_is_the_middle(size):
+    images, margin = torch.rand(4, 3, size, size, generator=seeded()), (size - 32) // 2
+    found = moved_crop(images, 32, 0, seeded())
+    assert torch.equal(found, images[..., margin : margin + 32, margin : margin + 32])
+
+
+@pytest.mark.parametrize(("shift", "reach"), [(2, 2), (9, 4)])
+def test_crop_moves_by_the_shift_at_most_and_within_its_image_in_every_second_image(shift, reach):
+    images = torch.rand(400, 1, 40, 40, generator=seeded())
+    places = places_of(moved_crop(images, 32, shift, seeded()), images)
+    steps = set(range(4 - reach, 5 + reach))
+    assert {y for y, _ in places} == {x for _, x in places} == steps
+    assert 0.42 < places.count((4, 4)) / 400 < 0.6  # half of them, and a few of the others
+
+
+def test_image_without_a_margin_is_mirrored_where_its_crop_moves_out():
+    images = torch.rand(100, 1, 32, 32, generator=seeded())
+    padded = F.pad(images, [4] * 4, mode="reflect")
+    places = places_of(moved_crop(images, 32, 4, seeded()), padded)  # each is found somewhere
+    assert {y for y, _ in places} == {x for _, x in places} == set(range(9))
+
+
 # ------------------------------------------------------------------------------------- correction
 
 
@@ -112,7 +295,7 @@ def test_exact_deviation_corrects_in_one_step_from_every_level(t):
     abar = SCHEDULE.abar[t].view(1, 1, 1, 1)
     eta = deviation(z_0, eps, mask, abar)
     (found,) = correct(lambda z, t: eta, corrupt(z_0, eps, mask, abar), SCHEDULE, [t])
-    assert torch.allclose(found, z_0, atol=1e-9)
+    assert torch.allclose(found, z_0, atol=1e-5)
 
 
 def test_rescaled_correction_of_a_wholly_corrupted_latent_follows_ddim_at_every_step():
@@ -128,7 +311,7 @@ def test_rescaled_correction_of_a_wholly_corrupted_latent_follows_ddim_at_every_
     expected = [ddim_step(z_0, eps, abar) for abar in levels]
     states = correct(exact, start, SCHEDULE, TIMES, rescale=True)
     for state, wanted in zip(states, expected, strict=True):
-        assert torch.allclose(state, wanted, atol=1e-9)
+        assert torch.allclose(state, wanted, atol=1e-5)
     released = correct(exact, start, SCHEDULE, TIMES)
     assert not torch.allclose(released[0], expected[0], atol=1e-2)
 
@@ -146,7 +329,7 @@ def test_rescaled_correction_follows_ddim_whatever_the_model_says():
         x0 = z - (1 - abar).sqrt() * model(z, torch.full((2,), t))
         eps = (z - abar.sqrt() * x0) / (1 - abar).sqrt()
         z = ddim_step(x0, eps, torch.ones(()) if t_next is None else SCHEDULE.abar[t_next])
-        assert torch.allclose(state, z, atol=1e-9)
+        assert torch.allclose(state, z, atol=1e-5)
 
 
 def test_model_that_sees_no_deviation_leaves_the_latent_as_it_is():
@@ -175,186 +358,3 @@ def test_latent_discrepancy_takes_the_mean_of_the_channels_at_the_size_of_the_im
     z_0, z_hat = torch.zeros(2, 4, 4, 4), torch.tensor([[0.1, -0.1, 0.2, 0.0], [1.0, 0, 0, 0]])
     found = latent_discrepancy(z_hat[..., None, None].expand(2, 4, 4, 4), z_0, 16)
     assert torch.allclose(found, alphas(0.5, 1.0)[:, 0].expand(2, 16, 16))
-
-
-# --------------------------------------------------------------------------------------- training
-
-
-def test_loss_is_finite_and_trains_the_corrector_alone():
-    detector = build()
-    assert [group["name"] for group in detector.parameter_groups()] == ["corrector"]
-    loss = detector.training_loss(batch_of(), seeded())["loss"]
-    loss.backward()
-    assert loss.isfinite() and loss > 0
-    assert all(p.grad is not None for p in detector.corrector.unet.parameters())
-    assert detector.corrector.embedding.weight.grad.any()
-
-
-def test_no_gradient_and_no_step_reaches_an_autoencoder():
-    torch.manual_seed(0)
-    codec = KLCodec(CodecConfig(widths=(8, 16), factor=2, layers=1, norm_groups=4))
-    codec.ready.fill_(True)
-    before = {name: value.clone() for name, value in codec.state_dict().items()}
-    detector = DecoDiff(replace(SMALL, corruption=Corruption.of_side(16)), codec)
-    assert not any(p.requires_grad for p in detector.codec.parameters())
-    fit(detector, Images(), 2, 4, progress=False, cpu=True)
-    assert all(torch.equal(value, before[name]) for name, value in codec.state_dict().items())
-    found = detector.predict(batch_of(2)["image"], torch.tensor([0, 1]))
-    assert found.parts["z_0"].shape == (2, 4, 16, 16) and found.score.isfinite().all()
-
-
-def test_a_short_training_is_better_than_finding_nothing(monkeypatch):
-    """Everything is corrupted, by noise alone; the last word is a batch that was not trained on."""
-    stage = Stage("short", 30, 8, {"corrector": Rate(5e-3)}, clip=1.0)
-    noise = Corruption((1,), (1.0,), (1.0, 1.0), (0.0, 0.0))
-    detector = build(width=32, multipliers=(1,), corruption=noise, stages=(stage,))
-
-    @torch.no_grad()
-    def loss():
-        return detector.training_loss(batch_of(32), seeded())["loss"].item()
-
-    fit(detector, Images(16), progress=False, cpu=True)
-    trained = loss()
-    monkeypatch.setattr(detector.corrector, "forward", lambda z, t, c: torch.zeros_like(z))
-    assert trained < 0.8 * loss()
-
-
-def test_loss_depends_on_its_generator_and_not_on_the_global_seed():
-    detector, values = build(), []
-    for seed, global_seed in ((0, 0), (0, 1), (1, 1)):
-        torch.manual_seed(global_seed)
-        values.append(detector.training_loss(batch_of(), seeded(seed))["loss"].item())
-    assert values[0] == values[1] != values[2]
-
-
-def crops(monkeypatch, size, shift, count=64):
-    """The crops that training takes of images of a size, and these images."""
-    detector, seen = build(resize=40, shift=shift), []
-    real = detector.codec.posterior
-    monkeypatch.setattr(detector.codec, "posterior", lambda x: seen.append(x / 2 + 0.5) or real(x))
-    monkeypatch.setattr(detector.corrector, "forward", lambda z, t, c: z)
-    images = torch.rand(count, 3, size, size, generator=seeded())
-    classes = torch.zeros(count, dtype=torch.long)
-    detector.training_loss({"image": images, "category_index": classes}, seeded())
-    return seen[0], images
-
-
-@pytest.mark.parametrize("size", [32, 40])
-def test_crop_of_training_that_may_not_move_is_the_middle(monkeypatch, size):
-    found, images = crops(monkeypatch, size, shift=0)
-    margin = (size - 32) // 2
-    assert torch.equal(found, images[..., margin : margin + 32, margin : margin + 32])
-
-
-def test_crop_of_training_moves_by_the_shift_at_most_in_every_second_image(monkeypatch):
-    found, images = crops(monkeypatch, 40, shift=2, count=400)
-    places = {}
-    for crop, image in zip(found, images, strict=True):
-        windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32)
-        same = (windows == crop[:, None, None]).all(-1).all(-1).all(0)
-        y, x = (same.nonzero()[0] - 4).tolist()
-        places[y, x] = places.get((y, x), 0) + 1
-    assert {y for y, _ in places} == {x for _, x in places} == {-2, -1, 0, 1, 2}
-    assert 0.44 < places[0, 0] / 400 < 0.6  # half of them, and 1 / 25 of the others
-
-
-def test_image_without_a_margin_is_mirrored_where_its_crop_moves_out(monkeypatch):
-    found, images = crops(monkeypatch, 32, shift=4, count=100)
-    padded = torch.nn.functional.pad(images, [4] * 4, mode="reflect")
-    for crop, image in zip(found, padded, strict=True):
-        windows = image.unfold(1, 32, 1).unfold(2, 32, 1)
-        assert (windows == crop[:, None, None]).all(-1).all(-1).all(0).any()
-
-
-@pytest.mark.parametrize("shape", [(30, 30), (40, 32), (32, 40)])
-def test_images_that_are_too_small_or_not_square_are_not_cropped(shape):
-    got = f"{shape[0]} x {shape[1]}"
-    with pytest.raises(ValueError, match=f"cannot crop 32 x 32 pixels from images of {got}"):
-        build().training_loss({"image": torch.rand(2, 3, *shape)}, seeded())
-
-
-# ------------------------------------------------------------------------------------- prediction
-
-
-def test_prediction_has_the_shapes_and_ranges_of_the_contract():
-    found = build().predict(batch_of(3)["image"], torch.tensor([0, 1, 1]))
-    assert found.anomaly_map.shape == (3, 32, 32) and found.score.shape == (3,)
-    assert found.reconstruction.shape == (3, 3, 32, 32)
-    parts = {name: tuple(part.shape) for name, part in found.parts.items()}
-    assert parts["decoded"] == (3, 3, 32, 32)
-    assert parts["image_discrepancy"] == parts["latent_discrepancy"] == (3, 32, 32)
-    assert parts["z_0"] == parts["z_hat"] == (3, 6, 8, 8)
-    for values in (found.anomaly_map, found.reconstruction):
-        assert values.min() >= 0 and values.max() <= 1 and not values.requires_grad
-
-
-def test_two_predictions_are_equal_bit_for_bit_whatever_the_seeds():
-    detector, images, classes = build(), batch_of(2)["image"], torch.tensor([0, 1])
-    found = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        found.append(detector.predict(images, classes, generator=seeded(seed)))
-    assert torch.equal(found[0].anomaly_map, found[1].anomaly_map)
-
-
-def test_score_is_the_largest_value_of_the_map():
-    found = build().predict(batch_of(3)["image"], torch.tensor([0, 1, 1]))
-    assert found.score.tolist() == [max(pixels.flatten().tolist()) for pixels in found.anomaly_map]
-
-
-def test_class_of_an_image_changes_its_prediction():
-    detector, images = build(), batch_of(1)["image"]
-    a, b = (detector.predict(images, torch.tensor([k])).parts["z_hat"] for k in (0, 1))
-    assert not torch.allclose(a, b, atol=1e-4)
-
-
-def test_corrector_that_finds_nothing_gives_a_map_of_zeros_however_poor_the_codec(monkeypatch):
-    detector, images = (
-        build(codec=CodecConfig("pca", channels=1, factor=4)),
-        torch.rand(2, 3, 32, 32),
-    )
-    monkeypatch.setattr(detector.corrector, "forward", lambda z, t, c: torch.zeros_like(z))
-    found = detector.predict(images, torch.tensor([0, 1]))
-    assert not found.anomaly_map.any() and not torch.allclose(
-        found.reconstruction, images, atol=0.1
-    )
-
-
-@pytest.mark.parametrize(
-    ("words", "visited"),
-    [
-        ({}, [8, 6, 4, 2, 0]),
-        ({"times": (9, 3)}, [9, 3]),
-        ({"steps": 2}, [5, 0]),
-        ({"steps": 10, "start": 3}, [2, 1, 0]),
-        ({"start": 2}, [2, 0]),
-    ],
-)
-def test_time_steps_of_a_prediction_can_be_chosen(monkeypatch, words, visited):
-    detector, seen = build(), []
-    monkeypatch.setattr(detector.corrector, "forward", lambda z, t, c: seen.append(t.tolist()) or z)
-    detector.predict(batch_of(2)["image"], torch.tensor([0, 1]), **words)
-    assert seen == [[t, t] for t in visited]
-
-
-def test_fusion_of_a_prediction_can_be_chosen():
-    detector, arguments = build(), (batch_of(2)["image"], torch.tensor([0, 1]))
-    maps = {
-        name: detector.predict(*arguments, fusion=name).anomaly_map
-        for name in ("geometric", "arithmetic", "image", "latent")
-    }
-    assert torch.equal(maps["geometric"], detector.predict(*arguments).anomaly_map)
-    assert torch.allclose(maps["geometric"] ** 2, maps["image"] * maps["latent"], atol=1e-6)
-    assert torch.allclose(2 * maps["arithmetic"], maps["image"] + maps["latent"], atol=1e-6)
-    assert not torch.allclose(maps["image"], maps["latent"], atol=1e-3)
-    assert torch.equal(maps["image"], detector.predict(*arguments).parts["image_discrepancy"])
-
-
-def test_everything_comes_back_from_disk(tmp_path):
-    detector = build()
-    detector.categories = ("across", "down")
-    loaded = load_checkpoint(save_checkpoint(detector, tmp_path / "weights"), method="DecoDiff")
-    assert loaded.config == detector.config and loaded.categories == ("across", "down")
-    arguments = batch_of(2)["image"], torch.tensor([0, 1])
-    a, b = (d.predict(*arguments).anomaly_map for d in (detector, loaded))
-    assert torch.equal(a, b)

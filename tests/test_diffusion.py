@@ -6,16 +6,15 @@ import pytest
 import torch
 
 from diffad_ref.diffusion import (
+    Draw,
     Schedule,
     add_noise,
     ddim_step,
-    ddpm_step,
-    draw_noise,
     implied_noise,
-    iterative_x0,
     predict_x0,
-    spaced_timesteps,
+    seeded,
 )
+from diffad_ref.tools.sampling import ddpm_step, iterative_x0, spaced_timesteps
 
 NAMES = pytest.mark.parametrize("name", ["linear", "cosine", "scaled_linear"])
 
@@ -129,18 +128,12 @@ def test_ancestral_step_draws_from_the_posterior_of_bayes_rule(name, t):
     ]
     assert step[0] == step[1] == pytest.approx(mean, abs=1e-6)
     assert (step[2] - step[1]) ** 2 == pytest.approx(variance, rel=1e-5)
-    assert schedule.posterior_log_variance_clipped[t].item() == pytest.approx(math.log(variance))
 
 
 def test_last_ancestral_step_is_the_estimate_itself_whatever_the_noise():
     schedule = Schedule.named("linear", 50)
     found = ddpm_step(scalar(-1.2), scalar(0.3), torch.tensor([0]), schedule, scalar(5.0))
     assert found.item() == pytest.approx(0.3, abs=1e-6)
-
-
-def test_logarithm_of_the_first_variance_is_the_seconds_and_not_minus_infinity():
-    log = Schedule.named("linear", 50).posterior_log_variance_clipped
-    assert torch.isfinite(log).all() and log[0] == log[1]
 
 
 def test_deterministic_step_keeps_the_noise_and_ends_at_the_estimate():
@@ -234,10 +227,43 @@ def test_unknown_way_of_denoising_is_refused():
         iterative_x0(None, torch.rand(1, 3, 4, 4), 5, None, torch.Generator(), "euler")
 
 
-def test_noise_comes_from_the_generator_alone():
-    image = torch.rand(1, 3, 4, 4)
+# --------------------------------------------------------------------------------- random numbers
+
+KINDS = {
+    "normal": lambda draw: draw.normal(2, 3),
+    "uniform": lambda draw: draw.uniform(2, 3, low=-1, high=2),
+    "integers": lambda draw: draw.integers(5, 90, 7),
+    "orders": lambda draw: draw.orders(4, 20),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_numbers_come_from_the_generator_alone(kind):
     draws = []
     for global_seed in (0, 1):
         torch.manual_seed(global_seed)
-        draws.append(draw_noise(image, torch.Generator().manual_seed(7)))
+        draws.append(KINDS[kind](Draw(torch.Generator().manual_seed(7))))
     assert torch.equal(*draws)
+    assert not torch.equal(draws[0], KINDS[kind](Draw(torch.Generator().manual_seed(8))))
+
+
+def test_random_numbers_have_the_range_that_is_asked_for():
+    draw = Draw(torch.Generator().manual_seed(0))
+    uniform, integers = draw.uniform(10_000, low=-1, high=2), draw.integers(5, 8, 1000)
+    assert (uniform >= -1).all() and (uniform < 2).all()
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert set(integers.tolist()) == {5, 6, 7} and integers.dtype == torch.int64
+    assert draw.normal(10_000).std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_orders_are_permutations_and_differ_from_row_to_row():
+    orders = Draw(torch.Generator().manual_seed(0)).orders(4, 20)
+    assert (orders.sort(1).values == torch.arange(20)).all()
+    assert len({tuple(order) for order in orders.tolist()}) == 4
+
+
+def test_neighbouring_seeds_and_places_share_no_noise_and_equal_ones_do():
+    keys = [(seed, place) for seed in range(5) for place in range(5)]
+    first = {Draw(seeded("cpu", *key)).normal(1).item() for key in keys}
+    assert len(first) == len(keys)
+    assert first == {Draw(seeded("cpu", *key)).normal(1).item() for key in keys}

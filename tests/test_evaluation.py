@@ -1,17 +1,13 @@
 """Reports on small made-up data sets whose numbers can be worked out by hand."""
 
-import json
-import time
-
-import psutil
 import pytest
 import torch
 from torch import nn
 
 from diffad_ref.detector import Prediction
-from diffad_ref.evaluation import Report, compare, compare_kinds, evaluate
-from diffad_ref.protocols import PROTOCOLS
-from diffad_ref.tables import METRICS, Table
+from diffad_ref.evaluation import evaluate
+from diffad_ref.metrics import METRICS
+from diffad_ref.tools.protocols import PROTOCOLS
 
 
 class Samples(torch.utils.data.Dataset):

@@ -1,14 +1,13 @@
 """Golden cases 2a-2f: the mathematics and the network of DeCo-Diff."""
 
 import json
-import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from golden_files import FOLDER, arrays, close, matching, names, settings, weights
+from golden_files import FOLDER, arrays, close, matching, names, settings, shifted, weights
 
-from diffad_ref.backbones import LatentUNet, count_parameters
 from diffad_ref.deco_diff import (
     FUSIONS,
     SIZES,
@@ -19,11 +18,14 @@ from diffad_ref.deco_diff import (
     deviation,
     image_discrepancy,
     latent_discrepancy,
+    mix_noise,
+    patch_mask,
+    shuffle_patches,
     signal_share,
 )
-from diffad_ref.diffusion import Schedule, respaced
-from diffad_ref.official_deco_diff import corrector_state
-from diffad_ref.patches import mix_noise, patch_mask, shuffle_patches
+from diffad_ref.diffusion import Schedule
+from diffad_ref.networks import LatentUNet
+from diffad_ref.tools.official_deco_diff import corrector_state, respaced
 
 pytestmark = pytest.mark.golden
 
@@ -42,9 +44,9 @@ def fake_model(d=3.0, scale=1.0):
 # ---------------------------------------------------------------------------------- 2a schedules
 
 QUANTITIES = {
-    "betas": lambda s: s.betas,
+    "betas": lambda s: 1 - s.abar / shifted(s.abar),
     "alphas_cumprod": lambda s: s.abar,
-    "alphas_cumprod_prev": lambda s: s.abar_prev,
+    "alphas_cumprod_prev": lambda s: shifted(s.abar),
     "sqrt_alphas_cumprod": lambda s: s.abar.sqrt(),
     "sqrt_one_minus_alphas_cumprod": lambda s: (1 - s.abar).sqrt(),
     "deviation_coeff": lambda s: signal_share(s.abar),
@@ -52,16 +54,44 @@ QUANTITIES = {
 
 
 def kept_steps(steps, respacing):
+    """What a re-spacing such as "ddim5" keeps of so many steps; ValueError if no stride does."""
     count = steps if respacing == "full" else int(respacing.removeprefix("ddim"))
     return respaced(steps, count)
+
+
+def length_of(processes):
+    """Steps of the schedule behind a case, of the lengths in case 2a and those the case names.
+
+    Told by the time values that the case's models got: `processes` holds for each re-spacing the
+    indices of its steps and those values. Where several fit, one that is kept whole is the length.
+    """
+    recorded = {
+        int(m[1]) for m, _ in matching("deco_2a_schedules", r"steps(\d+)_\w+_timestep_map")
+    }
+    named = {int(name.removeprefix("ddim")) for name, _, _ in processes if name != "full"}
+
+    def fits(steps):
+        try:
+            kept = [(kept_steps(steps, name), i, t) for name, i, t in processes]
+        except ValueError:
+            return False
+        return all(
+            i.max() < len(steps) and np.array_equal(np.array(steps)[i], t) for steps, i, t in kept
+        )
+
+    found = [steps for steps in sorted(recorded | named) if fits(steps)]
+    found = [steps for steps in found if steps in named] or found
+    assert len(found) == 1, f"the case fits schedules of {found} steps"
+    return found[0]
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_schedules_and_what_respacing_leaves_of_them(quantity):
     for match, recorded in matching("deco_2a_schedules", rf"steps(\d+)_([a-z0-9]+)_{quantity}"):
         steps = int(match[1])
-        schedule = Schedule.named("cosine", steps).respaced(kept_steps(steps, match[2]))
-        close(QUANTITIES[quantity](schedule), recorded, atol=0, rtol=1e-9)
+        abar = Schedule.named("cosine", steps).abar[kept_steps(steps, match[2])]
+        found = QUANTITIES[quantity](SimpleNamespace(abar=abar))
+        close(found, recorded, atol=0, rtol=1e-9)
 
 
 def test_which_steps_are_kept():
@@ -86,13 +116,11 @@ def training_case():
     """Every recorded process of case 2b, with its inputs as tensors."""
     case = arrays("deco_2b_training")
     inputs = [torch.from_numpy(case[name]) for name in ("x_start", "noise", "mask")]
-    steps = arrays("deco_2a_schedules")
-    total = {int(m[1]) for m in (re.match(r"steps(\d+)_", name) for name in steps) if m}
-    assert len(total) == 1  # the length of the schedule stands in the names of case 2a
-    for match, t in matching("deco_2b_training", r"(ddim\d+)_t"):
-        kept = torch.tensor(kept_steps(max(total), match[1]))
-        t = kept[torch.from_numpy(t)]
-        yield case, match[1], inputs, t, Schedule.named("cosine", max(total))
+    found = matching("deco_2b_training", r"(ddim\d+|full)_t")
+    steps = length_of([(match[1], t, case[f"{match[1]}_model_t"]) for match, t in found])
+    for match, t in found:
+        t = torch.tensor(kept_steps(steps, match[1]))[torch.from_numpy(t)]
+        yield case, match[1], inputs, t, Schedule.named("cosine", steps)
 
 
 def test_corruption_and_its_target():
@@ -119,19 +147,17 @@ def test_loss_and_its_gradient():
 
 def test_every_intermediate_state_of_the_correction():
     case = arrays("deco_2c_sampling")
-    steps = {
-        int(m[1]) for m in (re.match(r"steps(\d+)_", n) for n in arrays("deco_2a_schedules")) if m
-    }
-    for match, recorded in matching("deco_2c_sampling", r"(ddim\d+)_start(\d+)_samples"):
-        kept = kept_steps(max(steps), match[1])[: int(match[2])]
+    found = matching("deco_2c_sampling", r"((ddim\d+|full)_start(\d+))_samples")
+    steps = length_of(
+        [(m[2], case[f"{m[1]}_index"], case[f"{m[1]}_model_t"][:, 0]) for m, _ in found]
+    )
+    for match, recorded in found:
+        kept = kept_steps(steps, match[2])[: int(match[3])]
         model, seen = fake_model()
-        states = correct(
-            model, torch.from_numpy(case["z"]), Schedule.named("cosine", max(steps)), kept[::-1]
-        )
-        close(torch.stack(states), recorded)
-        name = match[0].removesuffix("samples")
-        assert torch.stack(seen).tolist() == case[f"{name}model_t"].tolist()
-        assert list(range(len(kept)))[::-1] == case[f"{name}index"].tolist()
+        z, schedule = torch.from_numpy(case["z"]), Schedule.named("cosine", steps)
+        close(torch.stack(correct(model, z, schedule, kept[::-1])), recorded)
+        assert torch.stack(seen).tolist() == case[f"{match[1]}_model_t"].tolist()
+        assert list(range(len(kept)))[::-1] == case[f"{match[1]}_index"].tolist()
 
 
 # ------------------------------------------------------------------------------------ 2d patches
@@ -254,14 +280,14 @@ def test_parameter_counts_of_all_five_sizes():
     for name, count in recorded.items():
         with torch.device("meta"):
             detector = DecoDiff(Config.paper(name.removeprefix("UNet_")))
-        assert count_parameters(detector.corrector) == count
+        assert sum(p.numel() for p in detector.corrector.parameters()) == count
 
 
 def test_every_weight_of_the_released_network_has_its_place():
     recorded = json.loads((FOLDER / "deco_names_official.json").read_text())["UNet_L"]
     with torch.device("meta"):
         theirs = {name: torch.empty(shape) for name, shape in recorded.items()}
-        ours = DecoDiff(Config.paper()).corrector.state_dict()
+        ours = DecoDiff.paper().corrector.state_dict()
     found = corrector_state(theirs)
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in ours.items()}
 

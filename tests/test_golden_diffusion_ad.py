@@ -1,25 +1,30 @@
 """Golden cases 1a-1e, 1g and 1i: the mathematics and networks of DiffusionAD."""
 
 import json
-import re
 from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
-from golden_files import FOLDER, arrays, close, names, settings, weights
+from golden_files import FOLDER, arrays, close, matching, names, numbered, settings, shifted, weights
 
 from diffad_ref.anomalies import blend, perlin_noise, shuffle_strips
-from diffad_ref.backbones import Denoiser, SegmentationNet, adm_unet
 from diffad_ref.diffusion import Schedule, predict_x0
 from diffad_ref.diffusion_ad import (
+    Denoiser,
+    SegmentationNet,
     focal_loss,
     mask_loss,
     noise_loss,
     noise_to_norm,
-    norm_guided_x0,
 )
-from diffad_ref.official_diffusion_ad import denoiser_state, segmenter_state, unet_from_settings
+from diffad_ref.networks import adm_unet
+from diffad_ref.tools.official_diffusion_ad import (
+    denoiser_state,
+    segmenter_state,
+    unet_from_settings,
+)
+from diffad_ref.tools.sampling import posterior
 
 pytestmark = pytest.mark.golden
 
@@ -29,27 +34,22 @@ pytestmark = pytest.mark.golden
 QUANTITIES = {
     "betas": lambda s: s.betas,
     "alphas_cumprod": lambda s: s.abar,
-    "alphas_cumprod_prev": lambda s: s.abar_prev,
+    "alphas_cumprod_prev": lambda s: shifted(s.abar),
     "sqrt_alphas_cumprod": lambda s: s.abar.sqrt(),
     "sqrt_one_minus_alphas_cumprod": lambda s: (1 - s.abar).sqrt(),
     "sqrt_recip_alphas_cumprod": lambda s: (1 / s.abar).sqrt(),
     "sqrt_recipm1_alphas_cumprod": lambda s: (1 / s.abar - 1).sqrt(),
-    "posterior_variance": lambda s: s.posterior_variance,
-    "posterior_log_variance_clipped": lambda s: s.posterior_log_variance_clipped,
-    "posterior_mean_coef1": lambda s: s.posterior_mean_coefs[0],
-    "posterior_mean_coef2": lambda s: s.posterior_mean_coefs[1],
+    "posterior_variance": lambda s: posterior(s)[0],
+    "posterior_mean_coef1": lambda s: posterior(s)[1],
+    "posterior_mean_coef2": lambda s: posterior(s)[2],
 }
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_schedules(quantity):
-    recorded = arrays("diffusionad_1a_schedules")
-    matches = [re.fullmatch(rf"([a-z]+)(\d+)_{quantity}", name) for name in recorded]
-    found = [match for match in matches if match]
-    assert {match[1] for match in found} == {"linear", "cosine"}
-    for match in found:
+    for match, recorded in matching("diffusionad_1a_schedules", rf"([a-z]+)(\d+)_{quantity}"):
         schedule = Schedule.named(match[1], int(match[2]))
-        close(QUANTITIES[quantity](schedule), recorded[match[0]], atol=0, rtol=1e-9)
+        close(QUANTITIES[quantity](schedule), recorded, atol=0, rtol=1e-9)
 
 
 # ----------------------------------------------------------------------------------- 1b denoiser
@@ -246,7 +246,9 @@ def test_guided_reconstruction_and_its_closed_form(guided, mode):
         expected = guided.recorded[f"{prefix}_{mode}_guided"]
         close(s.x0_g, expected)
         abar_s, abar_b = map(guided.schedule.at, guided.times(mode))
-        close(norm_guided_x0(s.x_s, s.x_b, s.eps_s, s.eps_b, abar_s, abar_b, w), expected)
+        x0_s = predict_x0(s.x_s, s.eps_s, abar_s)
+        x0_b = predict_x0(s.x_b, s.eps_b, abar_b).clamp(-1, 1)
+        close((x0_s + w * (1 - abar_s) * (x0_b - x0_s)).clamp(-1, 1), expected)
 
 
 def test_guided_noise(guided):
@@ -382,8 +384,8 @@ def test_synthetic_anomaly(mode):
         angles = torch.tensor(2 * np.pi * recorded[f"{mode}_uniform"])[None]
         noise = perlin_noise(angles, cells, height, width)[:, None]
         mask = (noise > 0.5) * torch.tensor(recorded["foreground"])
-        orders = [recorded[name] for name in recorded if name.startswith(f"{mode}_shuffle")]
-        if orders:
+        if f"{mode}_shuffle0" in recorded:
+            orders = [recorded[name] for name in numbered(recorded, rf"{mode}_shuffle(\d+)")]
             source = shuffle_strips(image, None, 8, [torch.tensor(order) for order in orders])
         else:
             source = as_tensor(resize_as_opencv(recorded["texture_u8"], height, width))

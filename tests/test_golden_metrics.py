@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from golden_files import FOLDER, arrays
 
-from diffad_ref.metrics import image_metrics, pixel_metrics, top_k_mean
-from diffad_ref.protocols import (
+from diffad_ref.diffusion_ad import top_k_mean
+from diffad_ref.metrics import image_metrics, pixel_metrics
+from diffad_ref.tools.protocols import (
     POOLED,
     aupro_deco_diff,
     aupro_diffusion_ad,

@@ -11,7 +11,7 @@ from diffad_ref import checkpoints
 from diffad_ref.codecs import CodecConfig, KLCodec, build_codec
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.deco_diff import Config, DecoDiff
-from diffad_ref.latents import CachedLatents
+from diffad_ref.tools.latents import CachedLatents
 from diffad_ref.training import fit
 
 PCA = CodecConfig("pca", channels=4, factor=4)
@@ -55,7 +55,7 @@ def test_kept_posterior_equals_the_computed_one(data, codec, path, batch_size):
     kept = cache(data, codec, path, batch_size=batch_size)
     assert len(kept) == len(data) == 6
     for sample, original in zip((kept[i] for i in range(6)), data, strict=True):
-        expected = codec.posterior(2 * original["image"][None] - 1)[0]
+        expected = codec.posterior(original["image"][None])[0]
         assert torch.allclose(sample["posterior"], expected, atol=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_mean_and_spread_of_an_autoencoder_are_both_kept(data, path):
     vae.ready.fill_(True)
     found = cache(data, vae, path)[0]["posterior"]
     with torch.no_grad():
-        expected = vae.posterior(2 * data[0]["image"][None] - 1)[0]
+        expected = vae.posterior(data[0]["image"][None])[0]
     assert found.shape == (8, 8, 8) and (found[4:] > 0).all()
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -97,7 +97,7 @@ def test_latents_follow_the_data_to_another_folder(data, codec, path, tmp_path):
 
 def test_middle_of_larger_images_is_what_a_crop_keeps(data, codec, path):
     found = cache(data_of(data.root, 24, crop=16), codec, path)[0]["posterior"]
-    whole = codec.posterior(2 * data_of(data.root, 24)[0]["image"][None] - 1)[0]
+    whole = codec.posterior(data_of(data.root, 24)[0]["image"][None])[0]
     assert torch.allclose(found, whole[:, 1:5, 1:5], atol=1e-6)  # the margin is one cell
 
 
@@ -170,7 +170,7 @@ def test_file_of_something_else_is_refused_and_left_alone(data, codec, path):
 
 
 def test_codec_that_is_not_ready_leaves_no_file(data, path):
-    with pytest.raises(ValueError, match="learned no components yet"):
+    with pytest.raises(ValueError, match="the codec knows nothing yet"):
         cache(data, build_codec(PCA), path)
     assert not path.exists()
 

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from diffad_ref.metrics import (
-    Ranking,
-    aupro,
-    image_metrics,
-    pixel_metrics,
-    region_weights,
-    top_k_mean,
-)
+from diffad_ref.diffusion_ad import top_k_mean
+from diffad_ref.metrics import Ranking, aupro, image_metrics, pixel_metrics
 
 
 def random_case(seed, shape=(3, 8, 8), levels=6):
@@ -95,66 +89,6 @@ def test_aupro_equals_a_loop_over_thresholds_and_regions(seed, levels, limit):
 def test_all_metrics_lie_between_0_and_1(seed, levels):
     maps, masks = random_case(seed, levels=levels)
     assert all(0 <= value <= 1 for value in pixel_metrics(maps, masks).values())
-
-
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), bins=st.integers(2, 300), skew=st.floats(0.3, 3))
-def test_binned_metrics_are_off_by_no_more_than_they_say(seed, bins, skew):
-    rng = np.random.default_rng(seed)
-    _, masks = random_case(seed)
-    maps = (rng.random(masks.shape) + 0.3 * masks) ** skew
-    exact, limit = pixel_metrics(maps, masks), 0.3
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        binned = pixel_metrics(maps, masks, limit, bins)
-    ranking = Ranking.of(maps, masks, bins)
-    bounds = ranking.rounding_error()
-    found = {name: abs(exact[name] - binned[name]) for name in exact}
-    assert found["pixel_auroc"] <= bounds["auroc"] + 1e-12
-    assert found["pixel_ap"] <= bounds["average_precision"] + 1e-12
-    assert found["pixel_f1max"] <= bounds["f1max"] + 1e-12
-    regions = ranking.weighted(region_weights(masks.astype(bool)))
-    assert found["aupro"] <= regions.rounding_error(limit)["auroc"] + 1e-12
-
-
-def test_enough_bins_for_every_value_give_the_exact_metrics():
-    maps, masks = random_case(3, levels=7)
-    with pytest.warns(UserWarning, match="may be off"):  # it cannot know that the ties are real
-        assert pixel_metrics(maps, masks, bins=800) == pixel_metrics(maps, masks)
-    scores, labels = maps.ravel(), masks.ravel()
-    assert Ranking.of(scores, labels, 800).auroc() == Ranking.of(scores, labels).auroc()
-
-
-def test_65536_bins_keep_four_digits_of_smooth_maps():
-    rng = np.random.default_rng(0)
-    maps = ndimage.gaussian_filter(rng.random((6, 64, 64)), (0, 3, 3))
-    masks = ndimage.gaussian_filter(rng.random((6, 64, 64)), (0, 4, 4)) > 0.53
-    exact = pixel_metrics(maps + 0.02 * masks, masks)
-    binned = pixel_metrics(maps + 0.02 * masks, masks, bins=65536)
-    assert max(abs(exact[name] - binned[name]) for name in exact) < 1e-4
-
-
-def test_too_few_bins_warn_with_the_largest_error():
-    maps, masks = random_case(0, levels=40)
-    with pytest.warns(UserWarning, match="with 2 bins the metrics may be off by 0"):
-        pixel_metrics(maps, masks, bins=2)
-
-
-def test_a_constant_map_needs_no_bins_to_be_judged():
-    _, masks = random_case(0)
-    with pytest.warns(UserWarning, match="may be off"):
-        found = pixel_metrics(np.full(masks.shape, 0.4), masks, bins=16)
-    assert found["pixel_auroc"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("change", "bins", "words"),
-    [(0, 1, "bins must be at least 2"), (np.inf, 16, "infinite values cannot be put into bins")],
-)
-def test_bins_that_cannot_be_are_refused(change, bins, words):
-    maps, masks = random_case(0)
-    with pytest.raises(ValueError, match=words):
-        pixel_metrics(np.where(masks, maps + change, maps), masks, bins=bins)
 
 
 @settings(max_examples=30, deadline=None)
@@ -303,6 +237,18 @@ def test_roc_corners_follow_the_definition():
     false, true = Ranking.of([3, 2, 2, 1, 0], [1, 1, 0, 1, 0]).roc()
     assert false.tolist() == [0, 0, 0, 0, 0.5, 0.5, 0.5, 1]
     assert true.tolist() == [0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), levels=st.integers(1, 40))
+def test_a_ranking_of_counts_judges_as_one_of_scores(seed, levels):
+    maps, masks = random_case(seed, levels=levels)
+    labels = masks.astype(bool)
+    scores, place = np.unique(maps, return_inverse=True)
+    counts = [np.bincount(place[labels == s], minlength=len(scores)) for s in (True, False)]
+    exact, counted = Ranking.of(maps, labels), Ranking.of_counts(*counts)
+    for metric in (Ranking.auroc, Ranking.average_precision, Ranking.f1max):
+        assert metric(counted) == pytest.approx(metric(exact), abs=1e-12)
 
 
 def test_top_k_mean_averages_the_largest_pixels():

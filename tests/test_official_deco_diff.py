@@ -16,8 +16,8 @@ import torch
 from golden_files import OWN, arrays, close, settings, weights
 
 from diffad_ref.codecs import CodecConfig
-from diffad_ref.deco_diff import Config, DecoDiff
-from diffad_ref.official_deco_diff import (
+from diffad_ref.deco_diff import Config, Corruption, DecoDiff
+from diffad_ref.tools.official_deco_diff import (
     LDM_UNET,
     MVTEC,
     TABLE,
@@ -25,7 +25,6 @@ from diffad_ref.official_deco_diff import (
     import_deco_diff,
     start_from_imagenet,
 )
-from diffad_ref.patches import Corruption
 
 UNET = "deco_2e_unet_b"
 

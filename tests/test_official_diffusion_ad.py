@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffad_ref.diffusion_ad import Config
-from diffad_ref.official_diffusion_ad import SEGMENTER_KEY, UNET_KEY, import_diffusion_ad
+from diffad_ref.tools.official_diffusion_ad import SEGMENTER_KEY, UNET_KEY, import_diffusion_ad
 
 UNET, SEGMENTER = "diffusionad_1b_unet_d", "diffusionad_1c_seg"
 

@@ -1,21 +1,23 @@
-"""One-for-More: its training loss, its walk with networks that are perfect, and its comparison."""
+"""One-for-More: where it starts, its training loss, its walk with perfect networks, its maps."""
 
+import json
 from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffad_ref import one_for_more
-from diffad_ref.anomalies import crop_textures
-from diffad_ref.backbones import count_parameters
-from diffad_ref.checkpoints import SHIPPED, load_checkpoint, read_tensors, save_checkpoint
+from diffad_ref.anomalies import crop_textures, texture_bank
+from diffad_ref.checkpoints import SHIPPED, load, read_tensors, save
+from diffad_ref.codecs import CodecConfig
 from diffad_ref.detector import Rate, Stage
-from diffad_ref.diffusion import add_noise, ddim_times, draw_noise, implied_noise
-from diffad_ref.nsa import Pasting
-from diffad_ref.one_for_more import Config, OneForMore, learns
-from diffad_ref.texture_sources import texture_bank
+from diffad_ref.diffusion import Draw, add_noise, ddim_times, implied_noise
+from diffad_ref.networks import stable_diffusion
+from diffad_ref.one_for_more import Config, ControlledUNet, OneForMore, Pasting, learns
 from diffad_ref.training import fit
 
 SMALL = Config.tiny(
@@ -37,20 +39,18 @@ def seeded(seed=0):
 
 @lru_cache
 def photographs(count=60, seed=0):
-    """Far fewer than the thousand that a detector learns its codec and features from."""
     return crop_textures(texture_bank(), count, 32, seeded(seed))
 
 
-@pytest.fixture(autouse=True)
-def few_photographs(monkeypatch):
-    monkeypatch.setattr(one_for_more, "photographs", lambda size: photographs())
+def samples(count=60, seed=0):
+    return [{"image": image} for image in photographs(count, seed)]
 
 
 def build(seed=0, **changes):
-    """A small detector whose codec and features are ready."""
+    """A small detector whose codec and features have learned from photographs."""
     torch.manual_seed(seed)
     detector = OneForMore(replace(SMALL, **changes))
-    detector.prepare(None)
+    detector.prepare(samples())
     return detector.eval()
 
 
@@ -71,8 +71,13 @@ def batch_of(count=4):
     return {"image": images(count)}
 
 
-def latents(detector, x):
-    return detector.codec.encode(x * 2 - 1)
+def unchanged(detector, before):
+    """Whether all weights are those that were kept in `before`."""
+    return all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
+
+
+def kept(detector):
+    return {name: value.clone() for name, value in detector.state_dict().items()}
 
 
 # ------------------------------------------------------------------------------------- the config
@@ -81,11 +86,11 @@ def latents(detector, x):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"condition_strides": (1, 1, 2, 1, 2, 1, 2, 1)}, "condition is 1/8 of the image, latents"),
-        ({"condition_strides": (1,) * 8}, "1/1 of the image, .* choose condition_strides .* 4"),
+        ({"condition_strides": (1, 1, 2, 1, 2, 1, 2, 1)}, "condition_strides must be 4, not 8"),
         ({"image_size": 36}, "image_size must be a multiple of 8, not 36"),
         ({"image_size": 40, "multipliers": (1, 1, 1)}, "must be a multiple of 16, not 40"),
-        ({"predicts": "velocity"}, "predicts is 'noise' or 'latent', not 'velocity'"),
+        ({"predicts": "velocity"}, r"predicts is one of \('noise', 'latent'\), not 'velocity'"),
+        ({"features": "vgg"}, r"features is one of \('resnet50', 'patches'\), not 'vgg'"),
         ({"schedule": "square"}, "unknown schedule 'square'"),
     ],
 )
@@ -94,17 +99,18 @@ def test_settings_that_do_not_fit_together_are_refused(changes, words):
         OneForMore(replace(SMALL, **changes))
 
 
-def test_unknown_features_are_refused_in_words():
-    with pytest.raises(ValueError, match="vgg"):
-        OneForMore(replace(SMALL, features="vgg"))
+@pytest.mark.parametrize("walk", [0, 3, 9, 27, 1000, 1001])
+def test_number_of_steps_that_leaves_the_schedule_is_refused(walk):
+    """Every 333rd step of 1000, counted from 1, would end at step 1000: one too far."""
+    with pytest.raises(ValueError, match=rf"1000.*{walk}|{walk}.*1000"):
+        OneForMore(replace(SMALL, walk=walk))
 
 
 def test_published_size_has_the_published_numbers_of_weights():
     with torch.device("meta"):
-        detector = OneForMore()
-    assert count_parameters(detector.unet) == 859_520_964
-    assert count_parameters(detector.condition) == 9_641_656
-    assert detector.config == Config.paper()
+        detector = OneForMore.paper()
+    assert sum(p.numel() for p in detector.unet.parameters()) == 859_520_964
+    assert sum(p.numel() for p in detector.condition.parameters()) == 9_641_656
 
 
 # ------------------------------------------------------------------------------------ what learns
@@ -143,28 +149,10 @@ def test_network_that_starts_from_scratch_learns_all_of_its_weights():
     assert all(p.requires_grad for p in build().unet.parameters())
 
 
-def test_tiny_profile_starts_from_shipped_photographs_and_then_keeps_what_it_learns():
-    detector = OneForMore(Config.tiny())
-    shipped = read_tensors(SHIPPED / "one_for_more_photographs.safetensors")
-    for name, value in detector.state_dict().items():
-        assert torch.equal(value, shipped[name].to(value.dtype)), name
-    with torch.no_grad():
-        detector.unet.unet.conv_in.weight.add_(1)
-    before = {name: value.clone() for name, value in detector.state_dict().items()}
-    detector.prepare(None)  # as at the start of the next task
-    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
-
-
-def test_photographs_fit_no_other_network():
-    with pytest.raises(ValueError, match="another shape.*start=None begins from scratch"):
-        OneForMore(Config.tiny(width=16))
-
-
 def test_training_leaves_codec_features_and_frozen_weights_as_they_are():
     detector = started()
-    before = {name: value.clone() for name, value in detector.state_dict().items()}
-    samples = [{"image": image} for image in images(4)]
-    fit(detector, samples, 2, 2, progress=False, cpu=True)
+    before = kept(detector)
+    fit(detector, samples(4), 2, 2, progress=False, cpu=True)
     moved = {n for n, value in detector.state_dict().items() if not torch.equal(value, before[n])}
     frozen = {name for name, p in detector.named_parameters() if not p.requires_grad}
     assert not moved & frozen
@@ -205,7 +193,7 @@ def test_biases_norms_and_time_layers_of_the_unet_get_no_gradient():
 def test_condition_sees_the_pasted_image_and_its_features_the_clean_one(monkeypatch):
     detector, seen = build(), []
     pasted, features = torch.rand(4, 3, 32, 32), detector.condition.features
-    monkeypatch.setattr(one_for_more, "paste", lambda *rest: (pasted, None))
+    monkeypatch.setattr(one_for_more, "paste", lambda *rest: pasted)
     monkeypatch.setattr(detector.condition, "features", lambda x: seen.append(x) or features(x))
     detector.training_loss(batch_of(), seeded())
     assert len(seen) == 2  # within the condition, and for the masked loss
@@ -216,7 +204,7 @@ def test_condition_sees_the_pasted_image_and_its_features_the_clean_one(monkeypa
 def test_unet_that_knows_the_clean_latent_has_no_loss(monkeypatch, predicts):
     """Of the image without patches, whatever the condition shows."""
     detector = build(predicts=predicts)
-    z_0 = latents(detector, batch_of()["image"])
+    z_0 = detector.codec.encode(batch_of()["image"])
 
     def exact(z_t, t, condition):
         if predicts == "latent":
@@ -244,14 +232,6 @@ def test_loss_depends_on_its_generator_and_not_on_the_global_seed():
     assert values[0] == values[1] != values[2]
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 40, 40), (2, 3, 32, 40), (3, 32, 32), (2, 1, 32, 32)])
-def test_images_of_another_size_are_refused(shape):
-    detector, x = build(), torch.rand(shape)
-    for use in (detector.predict, lambda x: detector.training_loss({"image": x})):
-        with pytest.raises(ValueError, match=r"32 x 32|expected"):
-            use(x)
-
-
 # --------------------------------------------------------------------------------------- the walk
 
 
@@ -268,37 +248,35 @@ def calls(detector, monkeypatch):
 
 
 @pytest.mark.parametrize("walk", [1, 2, 5, 7, 10])
-def test_unet_is_called_once_a_step_and_the_condition_once_a_walk(monkeypatch, walk):
+@pytest.mark.parametrize("by", ["config", "argument"])
+def test_unet_is_called_once_a_step_and_the_condition_once_a_walk(monkeypatch, walk, by):
     """No doubled batch either: there is no guidance."""
-    detector, conditions = build(walk=walk), []
+    detector, conditions = build(**{"walk": walk} if by == "config" else {}), []
     detector.condition.register_forward_hook(lambda *rest: conditions.append(1))
     seen, times = calls(detector, monkeypatch), ddim_times(1000, walk)
-    states = detector.reconstruct(images(3), latents(detector, images(3)), seeded())
+    argument = {"walk": walk} if by == "argument" else {}
+    x = images(3)
+    states = detector.reconstruct(x, detector.codec.encode(x), seeded(), **argument)
     assert len(states) == len(seen) == len(times) and len(conditions) == 1
     assert [t.tolist() for _, t in seen] == [[time] * 3 for time in times]
     assert all(state.shape == (3, 12, 8, 8) for state in states)
 
 
-@pytest.mark.parametrize("walk", [0, 3, 9, 27, 1000, 1001])
-def test_number_of_steps_that_leaves_the_schedule_is_refused_in_words(walk):
-    """Every 333rd step of 1000, counted from 1, would end at step 1000: one too far."""
-    with pytest.raises(ValueError, match=f"{walk} steps .*1000"):
-        build(walk=walk).predict(images(1))
+def noise_like(z):
+    return Draw(seeded()).normal(*z.shape)
 
 
-def test_walk_starts_from_the_level_of_the_argument_or_the_config_or_its_first_step(monkeypatch):
-    x = images(2)
-    for level, argument, expected in (
-        (None, None, 501),
-        (999, None, 999),
-        (999, 30, 30),
-        (9, 0, 0),
-    ):
-        detector = build(level=level)
-        z_0, seen = latents(detector, x), calls(detector, monkeypatch)
-        detector.reconstruct(x, z_0, seeded(), argument)
-        noisy = add_noise(z_0, draw_noise(z_0, seeded()), detector.schedule.abar[expected].float())
-        assert torch.allclose(seen[0][0], noisy, atol=1e-6), expected
+@pytest.mark.parametrize(
+    ("level", "walk", "expected"), [(None, None, 501), (None, 10, 901), (999, None, 999), (0, 5, 0)]
+)
+def test_walk_starts_from_the_level_of_the_config_or_its_first_step(
+    monkeypatch, level, walk, expected
+):
+    detector, x = build(level=level), images(2)
+    z_0, seen = detector.codec.encode(x), calls(detector, monkeypatch)
+    detector.reconstruct(x, z_0, seeded(), walk)
+    noisy = add_noise(z_0, noise_like(z_0), detector.schedule.abar[expected].float())
+    assert torch.allclose(seen[0][0], noisy, atol=1e-6)
 
 
 def test_walk_ends_at_the_estimate_or_as_released_at_the_first_level(monkeypatch):
@@ -308,7 +286,7 @@ def test_walk_ends_at_the_estimate_or_as_released_at_the_first_level(monkeypatch
         monkeypatch.setattr(detector.unet, "forward", lambda z, t, condition: estimate)
         found.append(detector.reconstruct(images(), estimate, seeded())[-1])
     assert torch.allclose(found[0], estimate, atol=1e-4)
-    noise, abar = draw_noise(estimate, seeded()), detector.schedule.abar[0].float()
+    noise, abar = noise_like(estimate), detector.schedule.abar[0].float()
     assert torch.allclose(found[1], add_noise(estimate, noise, abar), atol=1e-3)
 
 
@@ -328,7 +306,7 @@ def test_noise_is_what_the_unet_puts_out_or_what_its_latent_implies():
 
 def test_condition_reaches_the_reconstruction():
     detector, x = build(), images(2)
-    z_0 = latents(detector, x)
+    z_0 = detector.codec.encode(x)
     found = [detector.reconstruct(c, z_0, seeded())[-1] for c in (x, x.flip(0))]
     assert not torch.allclose(*found, atol=1e-4)
 
@@ -346,13 +324,10 @@ def test_prediction_has_the_shapes_and_ranges_of_the_contract():
         assert 0 <= rebuilt.min() and rebuilt.max() <= 1
 
 
-def test_prediction_depends_on_its_generator_alone_and_without_one_on_seed_0():
-    detector, found = build(), []
-    for global_seed, generator in ((0, None), (1, None), (2, seeded()), (3, seeded(1))):
-        torch.manual_seed(global_seed)
-        found.append(detector.predict(images(), generator=generator).anomaly_map)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert not torch.equal(found[0], found[3])
+def test_another_seed_gives_another_prediction():
+    detector = build()
+    a, b = (detector.predict(images(), generator=seeded(s)).anomaly_map for s in (0, 1))
+    assert not torch.equal(a, b)
 
 
 def test_category_index_is_not_looked_at():
@@ -364,7 +339,7 @@ def test_category_index_is_not_looked_at():
 
 def test_perfect_unet_finds_no_defect(monkeypatch):
     detector, x = build(), images(2)
-    z_0 = latents(detector, x)
+    z_0 = detector.codec.encode(x)
     monkeypatch.setattr(detector.unet, "forward", lambda z, t, condition: z_0)
     found = detector.predict(x)
     assert torch.allclose(found.reconstruction, found.parts["decoded"], atol=1e-3)
@@ -373,7 +348,7 @@ def test_perfect_unet_finds_no_defect(monkeypatch):
 
 def test_unet_that_rebuilds_the_normal_image_finds_the_defect_where_it_is(monkeypatch):
     detector, x = build(), images(2)
-    z_0, defective = latents(detector, x), x.clone()
+    z_0, defective = detector.codec.encode(x), x.clone()
     defective[..., 8:16, 20:28] = 1 - defective[..., 8:16, 20:28]
     monkeypatch.setattr(detector.unet, "forward", lambda z, t, condition: z_0)
     for heat in detector.predict(defective).anomaly_map:
@@ -394,30 +369,153 @@ def test_smoothing_spreads_the_map():
     assert smooth.std() < sharp.std() and smooth.max() < sharp.max()
 
 
-# ------------------------------------------------------------------------------- before and after
-
-
-def test_detector_must_be_prepared_before_it_predicts():
-    torch.manual_seed(0)
-    with pytest.raises(ValueError, match="the codec has learned no components yet"):
-        OneForMore(SMALL).predict(images())
-
-
-def test_preparation_looks_at_no_data_of_the_task_and_happens_once(monkeypatch):
-    detector = build()
-    before = {name: value.clone() for name, value in detector.state_dict().items()}
-    others = photographs(60, 2)
-    monkeypatch.setattr(one_for_more, "photographs", lambda size: others)
-    detector.prepare([{"image": image} for image in others])
-    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
-    assert build(1).codec.components.sub(detector.codec.components).any()
-
-
 def test_saved_detector_predicts_as_before(tmp_path):
     detector = build(window=None, level=999)
     detector.categories = ("brick", "gear")
-    save_checkpoint(detector, tmp_path / "weights")
-    loaded = load_checkpoint(tmp_path / "weights", method="OneForMore")
+    save(detector, tmp_path / "weights")
+    loaded = load(tmp_path / "weights", method="OneForMore")
     assert loaded.config == detector.config and loaded.categories == ("brick", "gear")
     found = [d.predict(images(), generator=seeded()).anomaly_map for d in (detector, loaded)]
     assert torch.equal(*found)
+
+
+# ----------------------------------------------------------------------------------- where it starts
+
+
+def test_detector_must_be_prepared_before_it_predicts_or_learns():
+    torch.manual_seed(0)
+    detector = OneForMore(SMALL)
+    for use in (lambda: detector.predict(images()), lambda: detector(batch_of())):
+        with pytest.raises(ValueError, match="the codec knows nothing yet: call prepare"):
+            use()
+
+
+def test_from_scratch_codec_and_features_learn_from_the_first_task_alone():
+    detector = build()
+    before = kept(detector)
+    detector.prepare(samples(60, 2))  # the second
+    assert unchanged(detector, before)
+    torch.manual_seed(0)
+    other = OneForMore(SMALL)
+    other.prepare(samples(60, 2))
+    assert not torch.allclose(other.codec.components, detector.codec.components, atol=1e-3)
+    assert not torch.allclose(other.extractor.filters, detector.extractor.filters, atol=1e-3)
+    assert torch.equal(other.unet.unet.conv_in.weight, detector.unet.unet.conv_in.weight)
+
+
+def test_tiny_profile_starts_from_shipped_photographs_and_then_keeps_what_it_learns():
+    """Whatever the data of its first task are."""
+    detector = OneForMore.tiny()
+    detector.prepare([{"image": torch.rand(3, 64, 64)}])
+    shipped = read_tensors(SHIPPED / "one_for_more_photographs.safetensors")
+    for name, value in detector.state_dict().items():
+        assert torch.equal(value, shipped[name].to(value.dtype)), name
+    with torch.no_grad():
+        detector.unet.unet.conv_in.weight.add_(1)
+    before = kept(detector)
+    detector.prepare(None)  # as at the start of the next task
+    assert unchanged(detector, before)
+
+
+def test_photographs_fit_no_other_network():
+    with pytest.raises(ValueError, match="another shape.*start=None begins from scratch"):
+        OneForMore.tiny(width=16).prepare(samples(2))
+
+
+TOKENS, CONTEXT = 7, 12
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """Folders as `StableDiffusionPipeline.save_pretrained` writes them, with random weights."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("pipeline")
+    unet = ControlledUNet(4, 8, (1, 2), 1, 2, (TOKENS, CONTEXT), norm_groups=4).unet
+    unet.save_pretrained(root / "unet")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).save_pretrained(root / "vae")
+    words = root / "words"
+    words.mkdir()
+    vocabulary = {"a</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}
+    (words / "vocab.json").write_text(json.dumps(vocabulary))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"))
+    tokenizer.save_pretrained(root / "tokenizer")
+    encoder = CLIPTextConfig(
+        vocab_size=3,
+        hidden_size=CONTEXT,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+    )
+    CLIPTextModel(encoder).save_pretrained(root / "text_encoder")
+    return root
+
+
+def from_pipeline(root, **changes):
+    """A detector that starts from a pipeline and whose codec is the pipeline's, too."""
+    codec = CodecConfig(
+        pretrained=str(root), subfolder="vae", factor=2, widths=(8, 16), layers=1, norm_groups=4
+    )
+    strides = (1, 1, 2, 1, 1, 1, 1, 1)
+    changes = {"heads": 2, "prompt": (TOKENS, CONTEXT), "window": (7, 7)} | changes
+    torch.manual_seed(1)
+    return OneForMore(
+        replace(SMALL, start=str(root), codec=codec, condition_strides=strides, **changes)
+    )
+
+
+def test_state_of_a_pipeline_is_its_unet_and_what_its_text_encoder_says_to_a_start_and_ends(
+    pipeline,
+):
+    found = stable_diffusion(pipeline)
+    encoder = CLIPTextModel.from_pretrained(pipeline / "text_encoder").eval()
+    with torch.no_grad():
+        expected = encoder(torch.tensor([[1] + [2] * (TOKENS - 1)])).last_hidden_state
+    assert torch.equal(found.pop("prompt"), expected)
+    unet = UNet2DConditionModel.from_pretrained(pipeline / "unet").state_dict()
+    assert found.keys() == {f"unet.{name}" for name in unet}
+    assert all(torch.equal(value, found[f"unet.{name}"]) for name, value in unet.items())
+
+
+def test_detector_starts_from_a_pipeline_once_and_keeps_what_it_learns(pipeline):
+    detector = from_pipeline(pipeline)
+    detector.prepare(samples())
+    found = detector.unet.state_dict()
+    expected = stable_diffusion(pipeline)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    with torch.no_grad():
+        detector.unet.unet.conv_in.weight.add_(1)
+    before = kept(detector)
+    detector.prepare(samples(60, 2))  # as at the start of the next task
+    assert unchanged(detector, before)
+    assert detector.predict(images()).anomaly_map.isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "tokenizer"])
+def test_missing_part_of_a_pipeline_is_named(pipeline, tmp_path, part):
+    for folder in pipeline.iterdir():
+        if folder.name != part:
+            (tmp_path / folder.name).symlink_to(folder)
+    with pytest.raises(FileNotFoundError, match=f"no {part} in '{tmp_path}'"):
+        stable_diffusion(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"prompt": (8, CONTEXT)}, {"width": 16}, {"blocks": 2}])
+def test_pipeline_of_another_size_is_refused(pipeline, changes):
+    with pytest.raises(ValueError, match="weights in Stable Diffusion .* do not fit"):
+        from_pipeline(pipeline, **changes).prepare(samples(2))
+
+
+def test_pipeline_without_its_autoencoder_is_named(pipeline, tmp_path):
+    for folder in pipeline.iterdir():
+        if folder.name != "vae":
+            (tmp_path / folder.name).symlink_to(folder)
+    with pytest.raises(FileNotFoundError, match=f"no autoencoder in '{tmp_path}'"):
+        from_pipeline(tmp_path).prepare(samples(2))

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from diffad_ref.metrics import image_metrics, pixel_metrics, top_k_mean
-from diffad_ref.protocols import PROTOCOLS as NAMED
-from diffad_ref.protocols import (
+from diffad_ref.diffusion_ad import top_k_mean
+from diffad_ref.metrics import image_metrics, pixel_metrics
+from diffad_ref.tools.protocols import PROTOCOLS as NAMED
+from diffad_ref.tools.protocols import (
     aupro_deco_diff,
     aupro_diffusion_ad,
     metrics_one_for_more,
@@ -16,6 +17,7 @@ from diffad_ref.protocols import (
 MAPS = np.linspace(0, 1, 32).reshape(2, 4, 4)
 MASKS = (MAPS > 0.9).astype(np.uint8)
 PROTOCOLS = [aupro_deco_diff, aupro_diffusion_ad, pro_curve_deco_diff, pro_curve_diffusion_ad]
+SCORES = np.zeros(8)  # of a detector: the protocols score maps themselves
 EVEN = "needs defective and normal pixels and finite maps that vary"
 
 
@@ -62,8 +64,8 @@ def test_each_named_protocol_takes_the_image_score_and_the_aupro_of_its_code():
     maps, masks = detector_maps()
     labels = masks.any((1, 2))
     ad, deco = NAMED["diffusion_ad"], NAMED["deco_diff"]
-    assert ad.image_metrics(maps, labels) == image_metrics(top_k_mean(maps), labels)
-    assert deco.image_metrics(maps, labels) == image_metrics(maps.max((1, 2)), labels)
+    assert ad.image_metrics(maps, SCORES, labels) == image_metrics(top_k_mean(maps), labels)
+    assert deco.image_metrics(maps, SCORES, labels) == image_metrics(maps.max((1, 2)), labels)
     exact = pixel_metrics(maps, masks)
     assert ad.pixel_metrics(maps, masks) == exact | {"aupro": aupro_diffusion_ad(maps, masks)}
     assert deco.pixel_metrics(maps, masks) == exact | {"aupro": aupro_deco_diff(maps, masks)}
@@ -72,7 +74,7 @@ def test_each_named_protocol_takes_the_image_score_and_the_aupro_of_its_code():
 def test_protocol_of_one_for_more_equals_its_released_metrics():
     maps, masks = detector_maps()
     released = metrics_one_for_more(-maps, masks)
-    found = NAMED["one_for_more"].image_metrics(-maps, masks.any((1, 2)))
+    found = NAMED["one_for_more"].image_metrics(-maps, SCORES, masks.any((1, 2)))
     found |= NAMED["one_for_more"].pixel_metrics(-maps, masks)
     names = {"image_auroc": "max", "image_ap": "apsp", "image_f1max": "f1sp"}
     names |= {"pixel_auroc": "pixel", "pixel_ap": "appx", "pixel_f1max": "f1px", "aupro": "pro"}

@@ -1,388 +1,393 @@
-"""What the commands of the command line do; their words stand in `__main__.py`."""
+"""The command line: `python -m diffad_ref data|train|continual|evaluate|compare|plan|predict`.
+
+Each command is a class. Its fields are the words that may follow it, and `tyro` shows their
+comments as help; `run` does what they say.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import platform
+import shlex
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torchvision
+import tyro
 from accelerate import Accelerator
+from pandas import DataFrame
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from tyro.conf import Positional, arg, create_mutex_group
 
-import diffad_ref
-from diffad_ref import evaluation
-from diffad_ref import plan as planning
-from diffad_ref.baselines import PCA, Template
-from diffad_ref.bootstrap import intervals
-from diffad_ref.checkpoints import (
-    METHODS,
-    add_to_record,
-    from_plain,
-    load_checkpoint,
-    load_weights,
-    read_description,
-    save_checkpoint,
-    write_text,
-)
-from diffad_ref.committee import Committee
-from diffad_ref.continual import ORDERS, check_tasks, fit_continual, summarise
-from diffad_ref.data import AnomalyFolder
-from diffad_ref.deco_diff import DecoDiff
-from diffad_ref.diffusion_ad import DiffusionAD
-from diffad_ref.latents import CachedLatents
-from diffad_ref.official_deco_diff import start_from_imagenet
-from diffad_ref.one_for_more import OneForMore
-from diffad_ref.sheet import write_sheet
-from diffad_ref.tables import HEADERS
-from diffad_ref.texture_sources import Photographs, texture_bank
-from diffad_ref.toy import toy_factory
-from diffad_ref.training import fit
+import diffad_ref as da
+from diffad_ref.anomalies import texture_bank
+from diffad_ref.checkpoints import add_to_record, load_weights, read_description, write_text
+from diffad_ref.continual import ENERGY, GAMMA, PROTECTIONS, check_tasks
+from diffad_ref.diffusion import seeded
+from diffad_ref.tools import baselines, options, plan, tables
+from diffad_ref.tools.intervals import intervals
+from diffad_ref.tools.latents import CachedLatents
+from diffad_ref.tools.memory import peak_memory
+from diffad_ref.tools.official_deco_diff import start_from_imagenet
+from diffad_ref.tools.options import Count, Model, Names, Root, Settings, Training, Weights
+from diffad_ref.tools.photographs import Photographs
+from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
+from diffad_ref.tools.sheet import write_sheet
 
-BASELINES = {"template": Template, "PCA": PCA}
+BASELINES = {"template": baselines.Template, "PCA": baselines.PCA}
+WHICH = create_mutex_group(required=True, title="tasks")
+FORM = create_mutex_group(required=False, title="form")
 
 
-def data(arguments) -> None:
-    """Say what a data set holds; make the toy if that is what is asked for."""
-    root = _root(arguments.data, arguments.image_size, arguments.seed)
-    train, test = (AnomalyFolder(root, split, cache=False) for split in ("train", "test"))
-    found = {
-        category: {
-            "train": sum(sample.category == category for sample in train.samples),
-            "test": Counter(s.kind for s in test.samples if s.category == category),
+@dataclass(kw_only=True)
+class Command:
+    """What all commands know."""
+
+    threads: Count | None = None  # CPU threads; fewer can be faster
+
+    def show(self, plain, *texts) -> None:
+        """Print JSON if that was asked for, else the texts."""
+        print(json.dumps(plain, indent=1, default=str) if self.json else "\n".join(map(str, texts)))
+
+
+@dataclass(kw_only=True)
+class Data(Command):
+    """Make the toy data set, or say what a folder holds."""
+
+    data: Root
+    image_size: Count = 64  # pixels, for the toy
+    seed: int = 0  # for the toy
+    json: bool = False  # print JSON
+
+    def run(self, command: str) -> None:
+        root = options.root_of(self.data, self.image_size, self.seed)
+        train, test = (da.AnomalyFolder(root, split, cache=False) for split in ("train", "test"))
+        counts = Counter(sample.category for sample in train.samples)
+        found, lines = {}, [root]
+        for name in train.categories:
+            kinds = Counter(sample.kind for sample in test.samples if sample.category == name)
+            found[name] = {"train": counts[name], "test": kinds}
+            listed = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+            lines.append(f"  {name}: {counts[name]} train; test {listed}")
+        self.show({"root": root, "categories": found}, *lines)
+
+
+@dataclass(kw_only=True)
+class Train(Command):
+    """Train a detector on the good images of a folder, or of no product: the word photographs."""
+
+    data: Root
+    out: Path  # folder for checkpoints and weights
+    model: Model = Model()
+    categories: Names = None  # only these
+    textures: Path | None = None  # DiffusionAD: folder of foreign textures, such as dtd/images
+    no_reconstruction: bool = False  # DiffusionAD: the segmentation-only ablation
+    latents: Path | None = None  # DecoDiff: compute latents once, and keep them in this file
+    imagenet: Path | None = None  # DecoDiff: start from this latent-diffusion checkpoint
+    training: Training = Training()
+    json: bool = False  # print what the weights' .json records
+
+    def run(self, command: str) -> None:
+        for name in ("textures", "no_reconstruction", "latents", "imagenet"):
+            method = "DecoDiff" if name in ("latents", "imagenet") else "DiffusionAD"
+            if getattr(self, name) and self.model.method != method:
+                raise ValueError(f"--{name.replace('_', '-')} is not for {self.model.method}")
+        config = self.model.config()
+        root = options.root_of(self.data, config.image_size)
+        detector, data = self._detector_and_data(config, root)
+        start = time.time()
+        history = da.fit(detector, data, out=self.out, **vars(self.training))
+        record = {
+            "command": command,
+            "seed": self.training.seed,
+            "steps": len(history.rows),
+            "minutes_since_last_start": round((time.time() - start) / 60, 1),
+            "data": {"name": root.name, "images": len(data), "categories": list(data.categories)},
+            "versions": versions(),
+            "final_losses": history.ending(),
         }
-        for category in train.categories
-    }
-    if arguments.json:
-        print(json.dumps({"root": str(root), "categories": found}, indent=1))
-        return
-    print(root)
-    for category, counts in found.items():
-        kinds = ", ".join(f"{kind} {count}" for kind, count in counts["test"].items())
-        print(f"  {category}: {counts['train']} train; test {kinds}")
+        # Half the size; what a run needs to go on is kept in full beside it.
+        path = da.save(detector, self.out / "weights", record, half=True)
+        self.show({"weights": path} | record, path)
+
+    def _detector_and_data(self, config, root: Path):
+        photographs, only = self.data == "photographs", {"categories": self.categories}
+        found = Photographs if photographs else da.AnomalyFolder(root, cache=False, **only)
+        kind = None
+        if self.no_reconstruction:
+            kind, config = baselines.SegmentationOnly, baselines.without_denoiser(config)
+        detector = self.model.detector(config, len(found.categories), self.training.seed, kind)
+        if self.textures:
+            detector.textures = texture_bank(self.textures)
+        if self.imagenet:
+            kept = ", ".join(start_from_imagenet(detector, self.imagenet)) or "nothing"
+            print(f"not in {self.imagenet}, or of another shape: {kept}", file=sys.stderr)
+        if photographs:
+            return detector, Photographs(detector.view("train")["image_size"])
+        if not self.latents:
+            return detector, detector.folder(root, "train", **only)
+        still = detector.folder(root, "train", crop=config.image_size, cache=False, **only)
+        detector.to(Accelerator().device).prepare(still)
+        return detector, CachedLatents(still, detector.codec, self.latents)
 
 
-def train(arguments) -> None:
-    """Train a detector; weights and what is needed to go on come to `--out`."""
-    config = _config(arguments)
-    root = _root(arguments.data, config.image_size, 0)
-    size = getattr(config, "resize", config.image_size)
-    if arguments.data == "photographs":
-        data = Photographs(size)
-    else:
-        data = AnomalyFolder(root, "train", size, arguments.categories)
-    detector = _detector(arguments, config, len(data.categories))
-    if arguments.latents:
-        data = _latents(arguments, config, root, detector)
-    start = time.time()
-    history = fit(detector, data, out=arguments.out, **_training(arguments))
-    record = {
-        "command": arguments.command,
-        "seed": arguments.seed,
-        "steps": len(history.rows),
-        "minutes_since_last_start": round((time.time() - start) / 60, 1),
-        "data": {"name": Path(root).name, "images": len(data), "categories": list(data.categories)},
-        "versions": versions(),
-        "final_losses": history.ending(),
-    }
-    # Half the size; what a run needs to go on is kept in full beside it.
-    path = save_checkpoint(detector, arguments.out / "weights", record, half=True)
-    print(json.dumps({"weights": str(path)} | record, indent=1) if arguments.json else path)
+@dataclass(kw_only=True)
+class Continual(Command):
+    """Train on categories task by task, and measure forgetting; a folder of `--out` for each."""
 
+    data: Root
+    out: Path  # folder for checkpoints and weights
+    model: Model = Model("OneForMore")
+    order: Annotated[Literal[tuple(ORDERS)] | None, WHICH] = None  # a paper's tasks by their name
+    # your own: categories of a task by commas
+    tasks: Annotated[Names, WHICH, arg(metavar="A,B [C ...]")] = None
+    protection: Literal[tuple(PROTECTIONS)] = "update"  # of old tasks
+    gamma: float = GAMMA  # share of energy that is protected
+    energy: float = ENERGY  # share that the running SVD keeps
+    every: Count = 1  # gather every so-manyth image
+    later_rate: float = 1.0  # learning rate after task 1, as a share
+    later_steps: Count | None = None  # steps of each task after task 1
+    training: Training = Training()
+    save: Path | None = None  # write results and command as JSON
 
-def continual(arguments) -> None:
-    """Train task by task; each task's weights, memory and results stand in a folder of `--out`."""
-    tasks = ORDERS[arguments.order] if arguments.order else [t.split(",") for t in arguments.tasks]
-    check_tasks(tasks)
-    config = _config(arguments)
-    root = _root(arguments.data, config.image_size, 0)
-    result = fit_continual(
-        _detector(arguments, config, sum(map(len, tasks))),
-        root,
-        tasks,
-        arguments.out,
-        protection=arguments.protection,
-        gamma=arguments.gamma,
-        energy=arguments.energy,
-        every=arguments.every,
-        later_rate=arguments.later_rate,
-        later_steps=arguments.later_steps,
-        **_training(arguments),
-    )
-    for number in range(len(tasks)):
-        weights = arguments.out / f"task_{number + 1}" / "weights"
-        add_to_record(weights, {"command": arguments.command, "versions": versions()})
-    for metric in ("image_auroc", "pixel_auroc", "pixel_ap"):
-        print(f"{HEADERS[metric]}\n\n{result.table(metric)}\n")
-    print(summarise({arguments.protection: result}))
-    if arguments.save:
-        entries = {"commands": [arguments.command], "versions": versions()}
-        entries |= {"gamma": arguments.gamma, "continual": result.to_dict()}
-        write_text(json.dumps(entries, indent=1), arguments.save)
-
-
-def _training(arguments) -> dict:
-    """The arguments of `fit` that the command line knows."""
-    return {
-        "steps": arguments.steps,
-        "batch_size": arguments.batch_size,
-        "seed": arguments.seed,
-        "accumulate": arguments.accumulate,
-        "mixed_precision": arguments.mixed_precision,
-        "ema": arguments.ema,
-        "save_every": arguments.save_every,
-        "num_workers": arguments.workers,
-    }
-
-
-def _config(arguments):
-    """The profile of the method, with what the command line changes."""
-    profile = getattr(METHODS[arguments.method].Config, arguments.profile)
-    size = {"image_size": arguments.image_size} if arguments.image_size else {}
-    config = profile(**size)
-    config = _changed(config, arguments.set)
-    if not getattr(arguments, "no_reconstruction", False):
-        return config
-    if not hasattr(config, "without_reconstruction"):
-        raise ValueError(f"{arguments.method} is nothing without its reconstruction")
-    return config.without_reconstruction()
-
-
-def _changed(config, settings: list[str]):
-    """A config with some NAME=VALUE put into it."""
-    plain = json.loads(json.dumps(asdict(config)))
-    for setting in settings:
-        _change(plain, setting)
-    try:
-        return from_plain(type(config), plain)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--set {' '.join(settings)}: {error}") from error
-
-
-def _change(plain: dict, setting: str) -> None:
-    """Put NAME=VALUE into nested settings; a dot leads into them."""
-    path, _, value = setting.partition("=")
-    *outer, name = path.split(".")
-    for part in outer:
-        plain = plain.get(part)
-        if not isinstance(plain, dict):
-            raise ValueError(f"--set {setting}: there are no settings under {part!r}")
-    try:
-        plain[name] = json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"--set {setting}: expected NAME=VALUE, value as JSON") from error
-
-
-def _detector(arguments, config, classes: int):
-    """A new detector for so many categories."""
-    torch.manual_seed(arguments.seed)
-    if arguments.method != "DiffusionAD":
-        _refuse(arguments, "textures")
-    if arguments.method != "DecoDiff":
-        _refuse(arguments, "latents", "imagenet")
-    if arguments.method == "OneForMore":
-        return OneForMore(config)
-    if arguments.method == "DiffusionAD":
-        folder = getattr(arguments, "textures", None)
-        return DiffusionAD(config, textures=texture_bank(folder) if folder else None)
-    detector = DecoDiff(replace(config, classes=classes))
-    if getattr(arguments, "imagenet", None):
-        kept = start_from_imagenet(detector, arguments.imagenet)
-        missing = (
-            f"not in {arguments.imagenet}, or of another shape: {', '.join(kept) or 'nothing'}"
+    def run(self, command: str) -> None:
+        tasks = ORDERS[self.order] if self.order else [task.split(",") for task in self.tasks]
+        check_tasks(tasks)
+        config = self.model.config()
+        names = ("protection", "gamma", "energy", "every", "later_rate", "later_steps")
+        result = da.fit_continual(
+            self.model.detector(config, sum(map(len, tasks)), self.training.seed),
+            options.root_of(self.data, config.image_size),
+            tasks,
+            self.out,
+            **{name: getattr(self, name) for name in names},
+            **vars(self.training),
         )
-        print(missing, file=sys.stderr)
-    return detector
+        for number in range(len(tasks)):
+            weights = self.out / f"task_{number + 1}" / "weights"
+            add_to_record(weights, {"command": command, "versions": versions()})
+        for metric in ("image_auroc", "pixel_auroc", "pixel_ap"):
+            print(f"{tables.HEADERS[metric]}\n\n{tables.after_tasks(result, metric)}\n")
+        print(tables.summarise({self.protection: result}))
+        if self.save:
+            entries = {"commands": [command], "versions": versions()}
+            entries |= {"gamma": self.gamma, "continual": asdict(result)}
+            write_text(json.dumps(entries, indent=1), self.save)
 
 
-def _latents(arguments, config, root: Path, detector) -> CachedLatents:
-    """The training images as latents, from a cache; their crops do not move then."""
-    data = AnomalyFolder(
-        root, "train", config.resize, arguments.categories, cache=False, crop=config.image_size
-    )
-    detector.to(Accelerator().device).prepare(data)
-    return CachedLatents(data, detector.codec, arguments.latents)
+@dataclass(kw_only=True)
+class Evaluate(Command):
+    """Measure a detector on the test images of a folder."""
 
+    weights: Weights  # a .safetensors file with its .json; or template or PCA
+    data: Root
+    categories: Names = None  # only these
+    image_size: Count = 64  # pixels, for template and PCA
+    set: Settings = ()
+    batch_size: Count = 32  # images at a time
+    seed: int = 0  # of the noise
+    protocol: Literal[("exact", *PROTOCOLS)] = "exact"  # or metrics as a released code makes them
+    pictures: Path | None = None  # draw best and worst images, as PNG
+    save: Path | None = None  # write the report and its commands as JSON
+    record: bool = False  # write its tables beside the weights
+    json: bool = False  # print JSON instead of tables
 
-def _refuse(arguments, *names: str) -> None:
-    for name in names:
-        if getattr(arguments, name, None):
-            raise ValueError(f"--{name} is not for {arguments.method}")
+    def run(self, command: str) -> None:
+        if self.record and self.protocol != "exact":
+            raise ValueError("--record keeps exact metrics: with --protocol use --save")
+        detector, data, commands = self._baseline() if self.weights in BASELINES else self._loaded()
+        protocol = PROTOCOLS.get(self.protocol)
+        with peak_memory(detector.device) as peak:
+            report = da.evaluate(detector, data, self.batch_size, self.seed, protocol=protocol)
+        found = {"report": tables.to_plain(report), "intervals": intervals(report)}
+        note = f"{report.detector}, in %, {report.seconds_per_image:.3g} s per image, "
+        note += f"{report.protocol} metrics, at most {peak.bytes / 2**30:.2f} GB of memory"
+        self.show(
+            found["report"] | {"intervals": found["intervals"]},
+            *(tables.by_category(report), "", note, "", tables.by_kind(report)),
+        )
+        if self.save:
+            entries = {"commands": [*commands, command], "versions": versions()} | found
+            write_text(json.dumps(entries, indent=1), self.save)
+        if self.record:
+            del found["report"]["images"]
+            add_to_record(self.weights, found)
+        if self.pictures:
+            figure = da.plots.best_and_worst(report, data)
+            figure.savefig(self.pictures, format="png", dpi=150)
 
+    def _baseline(self):
+        if self.set or self.record:
+            raise ValueError("--set and --record are for weights, not for template and PCA")
+        settings = {"image_size": self.image_size, "categories": self.categories}
+        root = options.root_of(self.data, self.image_size)
+        train, test = (da.AnomalyFolder(root, split, **settings) for split in ("train", "test"))
+        return BASELINES[self.weights]().fit(train), test, []
 
-def evaluate(arguments) -> None:
-    """Measure weights, or a baseline, on test images."""
-    if arguments.record and arguments.protocol != "exact":
-        raise ValueError("--record keeps exact metrics: with --protocol use --save")
-    commands = [arguments.command]
-    if arguments.weights in BASELINES:
-        if arguments.set or arguments.record or arguments.others:
-            raise ValueError("--set, --with and --record are for weights, not for template and PCA")
-        size = arguments.image_size or 64
-        root = _root(arguments.data, size, 0)
-        train = AnomalyFolder(root, "train", size, arguments.categories)
-        options = {"adapt": arguments.adapt, "masking": arguments.masking}
-        detector = BASELINES[arguments.weights](**options).fit(train)
-        data = AnomalyFolder(root, "test", size, arguments.categories)
-    else:
-        if arguments.adapt or arguments.masking:
-            raise ValueError(
-                "--adapt and --masking are for template and PCA: weights have them in the config"
-            )
-        paths = [arguments.weights, *(arguments.others or ())]
-        detectors = [_rebuilt(path, arguments) for path in paths]
-        detector = Committee(detectors) if arguments.others else detectors[0]
+    def _loaded(self):
+        if self.record and self.set:
+            raise ValueError("--record is for the weights as they are: with --set use --save")
+        detector = da.load(self.weights)
+        if self.set:
+            other = type(detector)(options.changed(detector.config, self.set))
+            other.categories = detector.categories
+            load_weights(other, detector.state_dict(), f"{self.weights} with --set")
+            detector = other.eval()
         detector.to(Accelerator().device)
-        records = [read_description(path)["record"] for path in paths]
-        commands = [*(r["command"] for r in records if "command" in r), *commands]
-        root = _root(arguments.data, detector.config.image_size, 0)
-        data = AnomalyFolder(root, "test", categories=arguments.categories, **detector.view)
-    report = evaluation.evaluate(
-        detector,
-        data,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-        protocol=arguments.protocol,
-    )
-    report.intervals = intervals(report)
-    print(report.to_json() if arguments.json else f"{report}\n\n{report.by_kind()}")
-    if arguments.save:
-        entries = {"commands": commands, "versions": versions(), "report": report.to_dict()}
-        write_text(json.dumps(entries, indent=1), arguments.save)
-    if arguments.record:
-        summary = {name: part for name, part in report.to_dict().items() if name != "images"}
-        add_to_record(arguments.weights, {"report": summary})
-    if arguments.pictures:
-        from diffad_ref.plots import best_and_worst  # matplotlib is slow to import
-
-        best_and_worst(report, data).savefig(arguments.pictures, format="png", dpi=150)
+        root = options.root_of(self.data, detector.config.image_size)
+        record = read_description(self.weights)["record"]
+        commands = [record["command"]] if "command" in record else []
+        return detector, detector.folder(root, "test", categories=self.categories), commands
 
 
-def _rebuilt(weights: str, arguments):
-    """A detector, perhaps under other settings; such as need other weights are refused."""
-    detector = load_checkpoint(weights)
-    if arguments.record and (arguments.set or arguments.others):
-        raise ValueError(
-            "--record is for the weights as they are: leave --set and --with out, or use --save"
-        )
-    if not arguments.set:
-        return detector
-    changed = type(detector)(_changed(detector.config, arguments.set))
-    changed.categories = detector.categories
-    load_weights(changed, detector.state_dict(), f"{weights} with --set")
-    return changed.eval()
+@dataclass(kw_only=True)
+class Compare(Command):
+    """Put several reports into one table."""
+
+    # files of `evaluate --save`; their names name the rows
+    reports: Annotated[list[Path], Positional, arg(metavar="REPORT [REPORT ...]")]
+    json: Annotated[bool, FORM] = False  # print JSON, fractions in [0, 1]
+    csv: Annotated[bool, FORM] = False  # print CSV, fractions in [0, 1]
+
+    def run(self, command: str) -> None:
+        reports: dict[str, da.Report] = {}
+        for path in self.reports:
+            name = path.stem.replace("_", " ")
+            if name in reports:
+                raise ValueError(f"two reports are called {name!r}: give the files different names")
+            try:
+                reports[name] = tables.from_plain(json.loads(path.read_text("utf-8"))["report"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} is no report that `evaluate --save` wrote") from error
+        table = tables.compare(reports)
+        texts = [table]
+        for metric in ("image_auroc", "pixel_ap"):
+            texts += ["", f"{tables.HEADERS[metric]} by kind of defect", ""]
+            texts.append(tables.compare_kinds(reports, metric))
+        self.show(_rows(table), *([table.frame.to_csv().rstrip()] if self.csv else texts))
 
 
-def plan(arguments) -> None:
-    """Tables of weights, arithmetic, memory and hours at the papers' size."""
-    plans = planning.paper_plans()
-    share = f"{arguments.utilisation:.0%} of the peak in 16 bit"
-    tables = {
-        "size": planning.size_table(plans),
-        "memory of a training step": planning.memory_table(plans, arguments.batch_sizes),
-        f"the whole recipe at {share}": planning.hours_table(plans, arguments.utilisation),
-    }
-    if arguments.json:
-        print(json.dumps({title: table.rows for title, table in tables.items()}, indent=1))
-        return
-    print("\n\n".join(f"{title}\n\n{table}" for title, table in tables.items()))
+@dataclass(kw_only=True)
+class Plan(Command):
+    """Say what training at the papers' size costs; needs no GPU."""
+
+    utilisation: float = plan.UTILISATION  # share of a GPU's peak in 16 bit
+    batch_sizes: tuple[Count, ...] = (1, 4, 16)  # for the memory table
+    json: bool = False  # print JSON
+
+    def run(self, command: str) -> None:
+        plans, share = plan.paper_plans(), self.utilisation
+        found = {
+            "size": plan.size_table(plans),
+            "memory of a training step": plan.memory_table(plans, self.batch_sizes),
+            f"the whole recipe at {share:.0%} of the peak in 16 bit": plan.hours_table(
+                plans, share
+            ),
+        }
+        text = "\n\n".join(f"{title}\n\n{table}" for title, table in found.items())
+        self.show({title: _rows(table) for title, table in found.items()}, text)
 
 
-def predict(arguments) -> None:
-    """Heat maps and scores for images without labels."""
-    from diffad_ref.plots import save_heat_map  # matplotlib is slow to import
+@dataclass(kw_only=True)
+class Predict(Command):
+    """Write heat maps and scores for your own images."""
 
-    detector = load_checkpoint(arguments.weights).to(Accelerator().device)
-    image = arguments.images if arguments.images.is_file() else None
-    folder = image.parent if image else arguments.images
-    source = {"good": folder} if image else {"test": folder}  # an image alone has no kind
-    data = AnomalyFolder.from_folders(**source, **detector.view)
-    category = _category(detector, arguments.category)
-    if image:
-        data.samples = [sample for sample in data.samples if sample.path == image]
-    if not data.samples:
-        raise ValueError(f"{image} does not end as an image does")
-    records, maps = [], []
-    for number, batch in enumerate(tqdm(DataLoader(data, arguments.batch_size), "predict")):
-        generator = evaluation.batch_generator(detector.device, arguments.seed, number)
-        classes = None if category is None else torch.full((len(batch["image"]),), category)
-        prediction = detector.predict(batch["image"], classes, generator=generator)
-        maps.append(prediction.anomaly_map.half().cpu())
-        for path, score in zip(batch["path"], prediction.score.tolist(), strict=True):
-            name = Path(path).relative_to(folder)  # sub-folders may hold files of equal name
-            heat_map = name.with_name(f"{name.name}_map.png")
-            records.append({"path": path, "name": name, "score": score, "map": heat_map})
-    maps = torch.cat(maps).float()
-    limits = (0.0, max(1.0, maps.max().item()))  # one scale for all; most methods end at 1
-    for record, sample, anomaly_map in zip(records, data, maps, strict=True):
-        path = arguments.out / record["map"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_heat_map(sample["image"], anomaly_map, path, limits)
-    write_sheet(records, arguments.out / "sheet.html", f"{len(records)} images, {folder.name}")
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["path", "score"])
-    rows.writerows([record["path"], f"{record['score']:.6f}"] for record in records)
-    write_text(table.getvalue(), arguments.out / "scores.csv")
-    if arguments.json:
-        kept = ("path", "score", "map")
-        plain = [{name: record[name] for name in kept} for record in records]
-        print(json.dumps(plain, indent=1, default=str))
-        return
-    print(arguments.out / "scores.csv")
-    print(arguments.out / "sheet.html")
+    weights: Weights  # a .safetensors file with its .json
+    # an image or a folder of images
+    images: Annotated[Path, Positional, arg(metavar="IMAGES")]
+    out: Path  # folder for heat maps, scores.csv, sheet.html
+    category: str | None = None  # what they show, for a model that must know
+    batch_size: Count = 32  # images at a time
+    seed: int = 0  # of the noise
+    json: bool = False  # print scores and files as JSON
 
+    def run(self, command: str) -> None:
+        detector = da.load(self.weights).to(Accelerator().device)
+        data, folder = self._data(detector)
+        maps, scores = self._maps_and_scores(detector, data)
+        limits = (0.0, max(1.0, maps.max().item()))  # one scale for all; most methods end at 1
+        rows = []
+        for sample, anomaly_map, score in zip(data, maps, scores, strict=True):
+            name = Path(sample["path"]).relative_to(folder)  # two folders may hold equal names
+            row = {"path": sample["path"], "name": name, "score": score}
+            rows.append(row | {"map": name.with_name(f"{name.name}_map.png")})
+            path = self.out / rows[-1]["map"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            da.plots.save_heat_map(sample["image"], anomaly_map, path, limits)
+        table, sheet = self.out / "scores.csv", self.out / "sheet.html"
+        write_sheet(rows, sheet, f"{len(rows)} images, {folder.name}")
+        frame = DataFrame(rows).drop(columns="name")
+        text = frame[["path", "score"]].to_csv(index=False, float_format="%.6f")
+        write_text(text, table)
+        self.show(frame.to_dict("records"), table, sheet)
 
-def compare(arguments) -> None:
-    """One table of several reports that `evaluate --save` wrote."""
-    reports = {}
-    for path in arguments.reports:
-        name = path.stem.replace("_", " ")
-        if name in reports:
-            raise ValueError(f"two reports are called {name!r}: give the files different names")
-        try:
-            reports[name] = evaluation.Report.from_dict(json.loads(path.read_text())["report"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no report that `evaluate --save` wrote") from error
-    table = evaluation.compare(reports)
-    if arguments.json:
-        print(json.dumps(table.rows, indent=1))
-        return
-    if arguments.csv:
-        print(table.to_csv(), end="")
-        return
-    print(table)
-    for metric in ("image_auroc", "pixel_ap"):
-        print(f"\n{HEADERS[metric]} by kind of defect\n")
-        print(evaluation.compare_kinds(reports, metric))
+    def _data(self, detector: da.Detector):
+        """The images as the detector judges them, and the folder from which they are named."""
+        if not self.images.is_file():
+            return detector.from_folders(test=self.images), self.images
+        folder = self.images.parent  # it may have others: an image alone has no kind
+        data = detector.from_folders(good=folder, texture=False, **detector.view("test"))
+        data.samples = [sample for sample in data.samples if sample.path == self.images]
+        if not data.samples:
+            raise ValueError(f"{self.images} does not end as an image does")
+        return data, folder
+
+    def _maps_and_scores(self, detector: da.Detector, data):
+        """Of all images: maps (N, H, W), and as many numbers."""
+        known, maps, scores = list(detector.categories), [], []
+        if self.category is not None and self.category not in known:
+            raise ValueError(f"unknown category {self.category!r}; known: {', '.join(known)}")
+        index = None if self.category is None else known.index(self.category)
+        for number, batch in enumerate(tqdm(DataLoader(data, self.batch_size), "predict")):
+            generator = seeded(detector.device, self.seed, number)
+            indices = None if index is None else torch.full((len(batch["image"]),), index)
+            prediction = detector.predict(batch["image"], indices, generator)
+            maps.append(prediction.anomaly_map.half().cpu())
+            scores += prediction.score.tolist()
+        return torch.cat(maps).float(), scores
 
 
-def _category(detector, name: str | None) -> int | None:
-    """The index of a category that the user names."""
-    if name is None:
-        return None
-    if name not in detector.categories:
-        raise ValueError(f"unknown category {name!r}; known: {', '.join(detector.categories)}")
-    return detector.categories.index(name)
-
-
-def _root(data: str, size: int, seed: int) -> Path:
-    return toy_factory(size=size, seed=seed) if data == "toy" else Path(data)
+def _rows(table: tables.Shown) -> list[dict]:
+    """Its cells as JSON knows them, fractions as they are."""
+    frame = table.frame.reset_index()
+    return json.loads(frame.to_json(orient="records", double_precision=15))
 
 
 def versions() -> dict[str, str]:
     """Of everything that may change a number."""
     return {
-        "diffad_ref": diffad_ref.__version__,
+        "diffad_ref": da.__version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
     }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns 0, 2 with a message when the input is at fault, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = tyro.cli(
+        Data | Train | Continual | Evaluate | Compare | Plan | Predict,
+        prog="python -m diffad_ref",
+        description="Find defects with diffusion models. Exit codes: 0 done, 2 the input is at "
+        "fault (a message says how), 130 interrupted.",
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+    )
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    try:
+        chosen.run("python -m diffad_ref " + shlex.join(argv))
+    except (ValueError, OSError) as error:
+        print(f"diffad_ref: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("diffad_ref: stopped; a training goes on where it was saved", file=sys.stderr)
+        return 130
+    return 0

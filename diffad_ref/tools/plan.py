@@ -1,26 +1,31 @@
 """What a run will cost, before it is started: weights, arithmetic, memory, hours.
 
-On PyTorch's meta device a tensor has a shape and no numbers, so a network of any size can be sent
-through a training step on any machine. The arithmetic is counted operation by operation, and so
-is what is kept for the backward pass. Only the hours are an estimate: nobody reaches a GPU's peak,
-and which share is reached has to be assumed.
+On PyTorch's meta device a tensor has a shape and no numbers, so a method of any size can be sent
+through a training step on any machine, by the very code that trains it. The arithmetic is counted
+operation by operation, and so is what is kept for the backward pass. Only the hours are an
+estimate: nobody reaches a GPU's peak, and which share is reached has to be assumed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from pandas import DataFrame
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffad_ref import one_for_more
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector
 from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.one_for_more import OneForMore
-from diffad_ref.tables import Table
+from diffad_ref.tools.tables import Shown, rows
 
 # Dense 16-bit matrix arithmetic in TFLOP/s, and memory in GB, as the maker states them.
 GPUS = {"T4": (65, 16), "A100 80 GB": (312, 80), "H100 SXM": (989, 80)}
@@ -76,172 +81,172 @@ class Plan:
 
 
 def plan(detector: Detector) -> Plan:
-    """Count what a detector costs in the last stage of its recipe; it may lie on "meta".
+    """Count what one image costs a detector, in the last stage of its recipe.
 
-    What is not a network costs nothing here: synthesis of anomalies, metrics, loading.
+    The detector stays as it is: a copy of it goes to the meta device. The synthesis of anomalies,
+    which asks for values, is left out and costs nothing.
     """
+    detector = deepcopy(detector).to("meta")
     detector.enter(detector.stages[-1])
-    detector.train()
-    step, predict = WORK[type(detector)](detector)
-    weights = list(detector.parameters())
-    kept: dict[int, int] = {}
-    own = {p.untyped_storage()._cdata for p in weights}
+    weights, generator = list(detector.parameters()), torch.Generator()
+    category = torch.zeros(1, dtype=torch.long, device="meta")
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)  # else its storage's name could be given to another
-        return tensor
+    def image(side: int) -> Tensor:
+        return torch.zeros(1, 3, side, side, device="meta")
 
-    alive: list[Tensor] = []
-    with FlopCounterMode(display=False) as training, saved_tensors_hooks(keep, lambda x: x):
-        step()
-    for parameter in weights:
-        parameter.grad = None
-    detector.eval()
-    with FlopCounterMode(display=False) as inference, torch.no_grad():
-        predict()
+    batch = {"image": image(detector.view("train")["image_size"]), "category_index": category}
+    keep = _Kept(weights)
+    with _without_values():
+        with FlopCounterMode(display=False) as step, saved_tensors_hooks(keep, lambda kept: kept):
+            detector.train().training_loss(batch, generator)["loss"].backward()
+        with FlopCounterMode(display=False) as prediction, torch.no_grad():
+            detector.eval().judge(image(detector.config.image_size), category, generator)
     return Plan(
         type(detector).__name__,
         sum(p.numel() for p in weights),
         sum(p.numel() for p in weights if p.requires_grad),
-        training.get_total_flops(),
-        inference.get_total_flops(),
-        sum(kept.values()),
+        step.get_total_flops(),
+        prediction.get_total_flops(),
+        keep.bytes,
         sum(stage.steps * stage.batch_size for stage in detector.stages),
         detector.stages[-1].batch_size,
     )
 
 
-# ------------------------------------------------------------------------- what a method has to do
+class _Kept:
+    """What the backward pass will need, in bytes; each storage counts once, a weight's never."""
 
-Work = tuple[Callable[[], object], Callable[[], object]]
+    def __init__(self, weights: list[Tensor]):
+        self.bytes, self._seen = 0, {p.untyped_storage()._cdata for p in weights}
+        self._alive = []  # else a storage's name could be given to another
 
-
-def _diffusion_ad(detector: DiffusionAD) -> Work:
-    """Two scales and one comparison, in training and for each draw of noise in prediction."""
-    x, t = _image(detector), torch.zeros(1, dtype=torch.long, device=detector.device)
-
-    def compare(draws: int = 1):
-        x0 = torch.zeros_like(x)
-        if detector.config.reconstruct:
-            with torch.set_grad_enabled("denoiser" in detector.stage.lr and detector.training):
-                x0 = sum(detector.denoiser(x, t) for _ in range(2 * draws))
-        return detector.segmenter(torch.cat([x, x0], 1)) if _has("segmenter", detector) else x0
-
-    return lambda: compare().sum().backward(), lambda: compare(detector.config.draws)
+    def __call__(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive.append(tensor)
+            self.bytes += storage.nbytes()
+        return tensor
 
 
-def _deco_diff(detector: DecoDiff) -> Work:
-    """One encoding; one call of the network to learn, one a step to correct."""
-    config, z = detector.config, _latent(detector)
-    t, category = (torch.zeros(1, dtype=torch.long, device=z.device) for _ in range(2))
+def _without_values() -> ExitStack:
+    """A context in which nothing asks for values, of which a meta tensor has none."""
 
-    def step():
-        _encode(detector)
-        detector.corrector(z, t, category).sum().backward()
+    def with_anomalies(self, batch, generator):
+        x = batch["image"].clone()
+        return x, torch.zeros_like(x[:, :1]), x.new_zeros(len(x))
 
-    def predict():
-        _encode(detector)
-        for _ in config.times:
-            detector.corrector(z, t, category)
-        detector.codec.decode(torch.cat([z, z]))
-
-    return step, predict
-
-
-def _one_for_more(detector: OneForMore) -> Work:
-    """The condition once, the U-Net once to learn and ten times to walk, features of two images."""
-    x, z = _image(detector), _latent(detector)
-    t = torch.zeros(1, dtype=torch.long, device=z.device)
-
-    def step():
-        _encode(detector)
-        condition = detector.condition(x)
-        output = detector.unet(z, t, condition)
-        (output.sum() + (condition - detector.condition.features(x)).sum()).backward()
-
-    def predict():
-        _encode(detector)
-        condition = detector.condition(x)
-        for _ in range(detector.config.walk):
-            detector.unet(z, t, condition)
-        detector.codec.decode(torch.cat([z, z]))
-        detector.extractor(torch.cat([x, x]))
-
-    return step, predict
-
-
-WORK = {DiffusionAD: _diffusion_ad, DecoDiff: _deco_diff, OneForMore: _one_for_more}
-
-
-def _has(part: str, detector: Detector) -> bool:
-    return part in detector.stage.lr or not detector.training
-
-
-def _image(detector: Detector) -> Tensor:
-    size = detector.config.image_size
-    return torch.zeros(1, 3, size, size, device=detector.device)
-
-
-def _latent(detector: Detector) -> Tensor:
-    codec = detector.config.codec
-    side = detector.config.image_size // codec.factor
-    return torch.zeros(1, codec.channels, side, side, device=detector.device)
-
-
-def _encode(detector: Detector) -> None:
-    with torch.no_grad():
-        detector.codec.posterior(_image(detector))
+    stack = ExitStack()
+    for place, name, instead in (
+        (DiffusionAD, "with_anomalies", with_anomalies),
+        (one_for_more, "paste", lambda images, *_: images.clone()),
+        (Detector, "classes_of", lambda self, category_index, count: category_index),
+        (torch, "autocast", lambda *_, **__: nullcontext()),  # knows no meta device
+    ):
+        stack.enter_context(patch.object(place, name, instead))
+    return stack
 
 
 # ------------------------------------------------------------------------------------------ tables
 
 
 def paper_plans() -> list[Plan]:
-    """The three methods at the size of their papers, on the meta device."""
+    """The three methods at the size of their papers, without memory for their weights."""
     with torch.device("meta"):
-        detectors = [kind(kind.Config.paper()) for kind in WORK]
+        detectors = [method.paper() for method in (DiffusionAD, DecoDiff, OneForMore)]
     return [plan(detector) for detector in detectors]
 
 
-def size_table(plans: list[Plan]) -> Table:
+def size_table(plans: list[Plan]) -> Shown:
     """Weights and arithmetic, one row a method."""
-    rows = [
-        {
-            "method": p.method,
-            "weights, M": p.weights / 1e6,
-            "that learn, M": p.learning / 1e6,
-            "TFLOP a training image": p.step_flops / 1e12,
-            "TFLOP a predicted image": p.predict_flops / 1e12,
-            "training images, M": p.images / 1e6,
-        }
-        for p in plans
-    ]
-    return Table(tuple(rows[0]), rows)
+    return rows(
+        [
+            {
+                "method": p.method,
+                "weights, M": p.weights / 1e6,
+                "that learn, M": p.learning / 1e6,
+                "TFLOP a training image": p.step_flops / 1e12,
+                "TFLOP a predicted image": p.predict_flops / 1e12,
+                "training images, M": p.images / 1e6,
+            }
+            for p in plans
+        ]
+    )
 
 
-def memory_table(plans: list[Plan], batches: tuple[int, ...] = (1, 4, 16)) -> Table:
-    """GB of a training step by batch size and precision, one row a method and precision."""
-    rows = []
+def memory_table(plans: list[Plan], batches: tuple[int, ...] = (1, 4, 16)) -> Shown:
+    """GB of a training step by batch size and precision, one row a method and precision.
+
+    Besides the batches that are asked for, each method has its recipe's.
+    """
+    found, all_sizes = [], sorted({*batches, *(p.batch_size for p in plans)})
     for p in plans:
-        for half in (False, True):
-            row = {"method": p.method, "precision": "bf16 autocast" if half else "float32"}
-            sizes = sorted({*batches, p.batch_size})
-            rows.append(row | {f"batch {n}, GB": p.memory(n, half) for n in sizes})
-    columns = sorted({c for row in rows for c in row if c.startswith("batch")}, key=_number)
-    return Table(("method", "precision", *columns), rows, labels=2)
+        sizes = {*batches, p.batch_size}
+        for half, precision in ((False, "float32"), (True, "bf16 autocast")):
+            memory = {
+                f"batch {n}, GB": p.memory(n, half) if n in sizes else None for n in all_sizes
+            }
+            found.append({"method": p.method, "precision": precision} | memory)
+    return Shown(DataFrame(found).set_index(["method", "precision"]))
 
 
-def hours_table(plans: list[Plan], utilisation: float = UTILISATION) -> Table:
+def hours_table(plans: list[Plan], utilisation: float = UTILISATION) -> Shown:
     """Hours of the whole recipe by GPU, one row a method."""
-    rows = [
-        {"method": p.method} | {f"{gpu}, h": p.hours(gpu, utilisation) for gpu in GPUS}
-        for p in plans
-    ]
-    return Table(tuple(rows[0]), rows)
+    return rows(
+        [
+            {"method": p.method} | {f"{gpu}, h": p.hours(gpu, utilisation) for gpu in GPUS}
+            for p in plans
+        ]
+    )
 
 
-def _number(column: str) -> int:
-    return int(column.split()[1].rstrip(","))
+# -------------------------------------------------------------------- gradient projection memory
+
+
+def memory_bill(
+    layers: dict[str, nn.Module], run: Callable[[], object], images: int, itemsize: int = 4
+) -> list[dict]:
+    """What a plain and an iterative SVD have to hold, layer by layer.
+
+    Nothing is computed beyond the run itself, which may be on the meta device: a network of any
+    size can be asked on any machine.
+
+    Parameters
+    ----------
+    layers : dict
+        The layers to watch, by name; such as `GradientProjectionMemory.layers`.
+    run : callable
+        Sends one image through the network, as at inference.
+    images : int
+        Images of a task.
+    itemsize : int
+        Bytes a number.
+
+    Returns
+    -------
+    list of dict
+        For each layer its features, the columns that one image gives, and the bytes of the whole
+        matrix ("plain") and of one image's chunk with the basis before it ("iterative").
+    """
+    columns = dict.fromkeys(layers, 0)
+
+    def counter(name: str):
+        def count(layer, inputs, output):
+            columns[name] += output.numel() // layer.weight.shape[0]
+
+        return count
+
+    hooks = [layer.register_forward_hook(counter(name)) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    bill = []
+    for name, layer in layers.items():
+        features, chunk = layer.weight[0].numel(), columns[name]
+        held = chunk + min(features, chunk * images)
+        row = {"layer": name, "features": features, "columns": chunk}
+        row["plain"] = features * chunk * images * itemsize
+        bill.append(row | {"iterative": features * min(held, chunk * images) * itemsize})
+    return bill

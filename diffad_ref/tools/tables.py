@@ -90,10 +90,15 @@ def _text(value, percent: bool) -> str:
     return str(value)
 
 
-def rows(found: Sequence[dict], percent: Sequence[str] = METRICS, best: str | None = None) -> Shown:
-    """Rows as a table; the first key names them."""
+def rows(
+    found: Sequence[dict],
+    percent: Sequence[str] = METRICS,
+    best: str | None = None,
+    labels: int = 1,
+) -> Shown:
+    """Rows as a table; the first `labels` keys name them."""
     frame = DataFrame(found)
-    return Shown(frame.set_index(frame.columns[0]), percent, best)
+    return Shown(frame.set_index(list(frame.columns[:labels])), percent, best)
 
 
 def by_category(report: Report) -> Shown:

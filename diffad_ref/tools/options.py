@@ -1,0 +1,102 @@
+"""Words that several commands of the command line share; `tyro` shows the comments as help."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from tyro.conf import Positional, UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+import diffad_ref as da
+from diffad_ref.checkpoints import config_of
+
+METHODS = {kind.__name__: kind for kind in (da.DecoDiff, da.DiffusionAD, da.OneForMore)}
+LAYOUT = "a folder in the MVTec layout (<category>/train/good, test/...), or the word toy"
+CHANGE = "change a setting of the config, value as JSON: corruption.mask_ratio=[0,0.3]"
+
+
+def _count(words: list[str]) -> int:
+    number = int(words[0])
+    if number < 1:
+        raise ValueError(f"must be at least 1, not {number}")
+    return number
+
+
+Count = Annotated[
+    int, PrimitiveConstructorSpec(1, "N", _count, lambda n: n >= 1, lambda n: [str(n)])
+]
+Root = Annotated[str, Positional, arg(metavar="DATA", help=LAYOUT)]
+Weights = Annotated[str, Positional, arg(metavar="WEIGHTS")]
+Names = Annotated[list[str] | None, arg(metavar="NAME [NAME ...]")]
+Settings = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME=VALUE", help=CHANGE)]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained."""
+
+    method: Literal[tuple(METHODS)] = "DiffusionAD"  # which paper
+    profile: Literal["tiny", "paper"] = "tiny"  # CPU or GPU size
+    image_size: Count | None = None  # pixels, instead of the profile's
+    set: Settings = ()
+
+    def config(self):
+        """The profile of the method, with what the command line changes."""
+        profile = getattr(METHODS[self.method].Config, self.profile)
+        size = {"image_size": self.image_size} if self.image_size else {}
+        return changed(profile(**size), self.set)
+
+    def detector(self, config, classes: int, seed: int, kind: type | None = None) -> da.Detector:
+        """A new detector for so many categories."""
+        if self.method == "DecoDiff":
+            config = replace(config, classes=classes)
+        torch.manual_seed(seed)
+        return (kind or METHODS[self.method])(config)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How it is trained: arguments of `fit`."""
+
+    steps: Count | None = None  # instead of the recipe's
+    batch_size: Count | None = None  # images a step, instead of the recipe's
+    accumulate: Count = 1  # batches a step
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # 16-bit arithmetic, for a GPU
+    ema: float | None = None  # decay of an average of the weights, such as 0.999
+    num_workers: Annotated[int, arg(name="workers")] = 0  # processes that load images
+    save_every: Count = 500  # steps between checkpoints
+    seed: int = 0  # of the first weights and of all noise
+
+
+def changed(config, settings: tuple[str, ...]):
+    """A config with some NAME=VALUE put into it."""
+    plain = json.loads(json.dumps(asdict(config)))
+    for setting in settings:
+        _change(plain, setting)
+    try:
+        return config_of(type(config), plain)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--set {' '.join(settings)}: {error}") from error
+
+
+def _change(plain: dict, setting: str) -> None:
+    """Put NAME=VALUE into nested settings; a dot leads into them."""
+    path, _, value = setting.partition("=")
+    *outer, name = path.split(".")
+    for part in outer:
+        plain = plain.get(part)
+        if not isinstance(plain, dict):
+            raise ValueError(f"--set {setting}: there are no settings under {part!r}")
+    try:
+        plain[name] = json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"--set {setting}: expected NAME=VALUE, value as JSON") from error
+
+
+def root_of(data: str, size: int, seed: int = 0) -> Path:
+    """The folder that is meant; the toy is drawn if it is not there."""
+    return da.toy_factory(size=size, seed=seed) if data == "toy" else Path(data)
