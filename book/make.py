@@ -34,6 +34,7 @@ from generated import (
     result_tables,
     status_page,
 )
+from house import house_page
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -132,6 +133,7 @@ def stage(notebooks: list[Path]) -> None:
     continual = ROOT / "diffad_ref" / "weights" / "one_for_more_toy_3.json"
     (generated / "continual.md").write_text(continual_table(continual))
     (generated / "plan.md").write_text(plan_tables())
+    (generated / "house.md").write_text(house_page())
     (SOURCE / "book" / "status.md").write_text(status_page(notebooks, record))
 
 

@@ -287,8 +287,8 @@ class DecoDiff(Detector):
         """Scalar "loss" for a batch of normal images, or of their latents (C5)."""
         with torch.no_grad():
             z_0 = self.latents(batch, generator)
-            c = self.classes_of(batch.get("category_index"), len(z_0))
-            t = Draw(generator, z_0.device).integers(0, len(self.schedule), len(z_0))
+            c, draw = batch["category_index"], Draw(generator, z_0.device)
+            t = draw.integers(0, len(self.schedule), len(z_0))
             abar = self.schedule.at(t)
             m, eps = draw_corruption(z_0, self.config.corruption, generator)  # C2
             z_t, eta = corrupt(z_0, eps, m, abar), deviation(z_0, eps, m, abar)  # C1, C3
@@ -308,7 +308,7 @@ class DecoDiff(Detector):
 
     def reconstruct(self, z, category_index, times=None, rescale: bool = False) -> list[Tensor]:
         """Latents (B, C, h, w) after each correction step; the steps default to the config's."""
-        c = self.classes_of(category_index, len(z))
+        c = torch.as_tensor(category_index, device=z.device)
         times = self.config.times if times is None else times
         return correct(lambda z, t: self.corrector(z, t, c), z, self.schedule, times, rescale)
 

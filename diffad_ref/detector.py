@@ -111,9 +111,10 @@ class Detector(nn.Module, ABC):
         """Check a batch of training images and compute its loss."""
         if "image" in batch:
             self.check(batch["image"], self.view("train")["image_size"], self.config.image_size)
-        if generator is None:
-            generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
-        return self.training_loss(batch, generator)
+        count = len(batch.get("image", batch.get("posterior")))
+        index = self.classes_of(batch.get("category_index"), count)
+        generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        return self.training_loss(batch | {"category_index": index}, generator)
 
     @torch.no_grad()
     def predict(self, images: Tensor, category_index=None, generator=None) -> Prediction:
@@ -123,9 +124,10 @@ class Detector(nn.Module, ABC):
         that must know. The same `torch.Generator`, by default of seed 0, predicts the same.
         """
         self.check(images, self.config.image_size)
+        index = self.classes_of(category_index, len(images))
         generator, training = generator or torch.Generator().manual_seed(0), self.training
         try:
-            return self.eval().judge(images.to(self.device), category_index, generator)
+            return self.eval().judge(images.to(self.device), index, generator)
         finally:
             self.train(training)
 
@@ -137,9 +139,11 @@ class Detector(nn.Module, ABC):
             wanted = " or ".join(f"{size} x {size}" for size in dict.fromkeys(sizes))
             raise ValueError(f"this model was built for {wanted} images, not {height} x {width}")
 
-    def classes_of(self, category_index: Tensor | None, count: int) -> Tensor:
-        """The classes (count,), long, of a batch, checked against a table of `config.classes`."""
-        classes = self.config.classes
+    def classes_of(self, category_index: Tensor | None, count: int) -> Tensor | None:
+        """The classes (count,), long, of a batch, if `config.classes` says how many there are."""
+        classes = getattr(self.config, "classes", None)
+        if classes is None:
+            return category_index
         known = f"there are {classes} classes: {list(self.categories)}"
         if category_index is None:
             raise ValueError(f"say which category each image is of (category_index); {known}")

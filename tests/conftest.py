@@ -1,6 +1,7 @@
 """A tiny data set in the MVTec layout, and the place where the scripts are."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,38 @@ def small_config():
         heads=2,
         segmentation_width=4,
     )
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command line that must fail as one fails for people; returns its message."""
+    from diffad_ref.__main__ import main
+
+    def run(*words):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said and said.count("diffad_ref: ") == 1
+        return said[said.index("diffad_ref: ") :]
+
+    return run
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    """Intervals from 10 draws instead of 1000, where nobody looks at them."""
+    from diffad_ref.tools import commands
+
+    draw = partial(commands.intervals, draws=10)
+    monkeypatch.setattr(commands, "intervals", draw)
+
+
+@pytest.fixture(scope="session")
+def noise_root(tmp_path_factory):
+    """Three images of noise to learn from in each of two categories, as in `mvtec_root`."""
+    root, rng = tmp_path_factory.mktemp("noise") / "data", np.random.default_rng(0)
+    for category in ("bottle", "carpet"):
+        for i in range(3):
+            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            write_image(root / category / "train" / "good" / f"{i}.png", pixels)
+    return root

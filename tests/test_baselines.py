@@ -1,11 +1,16 @@
-"""Baselines on data whose template and principal components are known."""
+"""Baselines on data whose template and principal components are known; and the ablation."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from diffad_ref.baselines import PCA, Template
+from diffad_ref.checkpoints import load, save
+from diffad_ref.detector import Detector
+from diffad_ref.diffusion_ad import Config, DiffusionAD
 from diffad_ref.evaluation import evaluate
-from diffad_ref.masking import visibility
+from diffad_ref.tools.baselines import PCA, SegmentationOnly, Template, without_denoiser
+from diffad_ref.training import fit
 
 
 class Plates(torch.utils.data.Dataset):
@@ -129,7 +134,7 @@ def test_defective_training_images_are_refused(make):
     [
         (torch.rand(1, 3, 8, 8), [0], "fitted on images"),
         (torch.rand(1, 3, 16, 16), None, "which category"),
-        (torch.rand(1, 3, 16, 16), [2], "unknown"),
+        (torch.rand(1, 3, 16, 16), [2], r"1 indices of \['dark', 'light'\], got \[2\]"),
         (torch.rand(1, 3, 16, 16) * 255, [0], "255"),
         (torch.full((1, 3, 16, 16), float("nan")), [0], "NaN"),
     ],
@@ -140,23 +145,69 @@ def test_input_that_does_not_fit_is_named(make, images, index, words):
         model.predict(images, None if index is None else torch.tensor(index))
 
 
-@BASELINES
-def test_baseline_that_adapts_judges_an_image_the_same_in_any_light(make):
-    x, index = 0.2 + 0.6 * torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
-    model = make(adapt=True).fit(Plates())
-    bright, dim = (model.predict(light * x, index) for light in (1, 0.25))
-    assert torch.allclose(bright.anomaly_map, dim.anomaly_map, atol=1e-4)
-    assert torch.allclose(0.25 * bright.reconstruction, dim.reconstruction, atol=1e-3)
-    plain = make().fit(Plates())
-    a, b = (plain.predict(light * x, index).anomaly_map for light in (1, 0.25))
-    assert not torch.allclose(a, b, atol=1e-2)
+# --------------------------------------------------------------------------- without a denoiser
 
 
-@pytest.mark.parametrize(("make", "power"), [(Template, 1), (PCA, 2)], ids=["template", "pca"])
-def test_masking_takes_away_from_a_difference_what_the_normal_image_hides(make, power):
-    x, index = 0.2 + 0.6 * torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
-    plain, masked = (make(masking=m, sigma=0.01).fit(Plates()).predict(x, index) for m in (0, 0.01))
-    share = visibility(2 * plain.reconstruction - 1, 0.01)[:, 0]
-    assert share.min() < 0.9
-    assert torch.allclose(masked.anomaly_map, share**power * plain.anomaly_map, rtol=1e-3)
-    assert torch.equal(plain.reconstruction, masked.reconstruction)
+@pytest.fixture
+def alone(small_config):
+    """The ablation, made small, with a few textures."""
+    torch.manual_seed(0)
+    detector = SegmentationOnly(without_denoiser(small_config))
+    detector.textures = (255 * torch.rand(4, 3, 64, 64)).to(torch.uint8)
+    return detector
+
+
+def products(count=4):
+    g = torch.Generator().manual_seed(0)
+    return [{"image": torch.rand(3, 32, 32, generator=g), "texture": False} for _ in range(count)]
+
+
+def test_recipe_of_the_ablation_is_one_stage_with_all_steps_that_segmentation_has():
+    config = Config.tiny()
+    (stage,) = without_denoiser(config).stages
+    assert stage == replace(config.stages[1], steps=2000 + 400)
+    (stage,) = without_denoiser(Config.paper()).stages
+    assert (stage.steps, set(stage.lr)) == (40_000, {"segmenter"})
+    with torch.device("meta"):
+        assert SegmentationOnly.tiny(image_size=32).config == without_denoiser(Config.tiny(32))
+        assert SegmentationOnly.paper().config == without_denoiser(Config.paper())
+
+
+def test_ablation_is_a_detector_without_a_denoiser(alone, small_config):
+    assert Detector.methods["SegmentationOnly"] is SegmentationOnly
+    full = DiffusionAD(small_config).state_dict().keys()
+    rest = {name for name in full if not name.startswith("denoiser.")}
+    assert alone.state_dict().keys() == rest < full
+
+
+def test_ablation_compares_an_image_with_nothing(alone):
+    x = torch.stack([product["image"] for product in products()])
+    seen, real = [], alone.segmenter.forward
+
+    def forward(pair):
+        seen.append(pair)
+        return real(pair)
+
+    alone.segmenter.forward = forward
+    alone.eval()
+    found = alone.predict(x)
+    loss = alone({"image": x, "texture": torch.zeros(4, dtype=torch.bool)})
+    assert torch.equal(seen[0], torch.cat([x, 0 * x], 1)) and not seen[1][:, 3:].any()
+    assert not torch.equal(seen[1][:, :3], x)  # in training there are anomalies in it
+    assert not found.reconstruction.any() and loss["loss"] == loss["mask"]
+
+
+def test_ablation_needs_no_noise(alone):
+    x = torch.stack([product["image"] for product in products()])
+    one, two = (alone.predict(x, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    assert torch.equal(one.anomaly_map, two.anomaly_map)
+
+
+def test_ablation_trains_and_comes_back_from_disk(alone, tmp_path):
+    before = [p.clone() for p in alone.parameters()]
+    history = fit(alone, products(), steps=2, batch_size=2, cpu=True, progress=False)
+    assert [row["stage"] for row in history.rows] == ["segmentation"] * 2
+    assert not any(map(torch.equal, before, alone.parameters()))
+    loaded = load(save(alone, tmp_path / "alone"), method="SegmentationOnly")
+    x = torch.stack([product["image"] for product in products()])
+    assert torch.equal(loaded.predict(x).anomaly_map, alone.predict(x).anomaly_map)

@@ -100,6 +100,26 @@ def test_tests_that_a_page_names_exist(page):
         assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
 
 
+def messages() -> list[str]:
+    """All texts in the code of the package, with a dot of ellipsis for what is filled in."""
+    found = []
+    for file in FILES:
+        for node in ast.walk(ast.parse((ROOT / file).with_suffix(".py").read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [p.value if isinstance(p, ast.Constant) else "…" for p in parts]
+            found += ["".join(texts)] if all(isinstance(text, str) for text in texts) else []
+    return found
+
+
+def test_messages_that_the_page_of_troubles_quotes_are_those_of_the_package():
+    text, known = (ROOT / "book/troubleshooting.md").read_text(), messages()
+    for title in re.findall(r"\*\*(.+?)\*\*", text, re.DOTALL):
+        for quoted in re.findall(r'"(.+?)"', " ".join(title.split()).replace("\\`", "`")):
+            pieces = map(re.escape, quoted.strip(".").split("..."))
+            message = re.compile(".*".join(pieces), re.DOTALL)
+            assert any(map(message.search, known)) or "No module" in quoted, quoted
+
+
 COUNTS = {"D": 12, "C": 10, "G": 6, "A": 3, "O": 4, "E": 2}
 FORMULAS = [f"{letter}{n + 1}" for letter, count in COUNTS.items() for n in range(count)]
 

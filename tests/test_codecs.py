@@ -173,15 +173,11 @@ def test_number_of_components_that_a_patch_does_not_have_is_refused(channels):
         PatchPCA(replace(PCA, channels=channels))
 
 
-def test_image_that_does_not_divide_into_cells_is_refused_wherever_it_comes():
-    wrong = torch.rand(2, 3, 16, 18)
-    for call in (
-        lambda: fitted().encode(wrong),
-        lambda: fitted(wrong),
-        lambda: build_codec(PCA).check(18),
-    ):
-        with pytest.raises(ValueError, match="18 pixels does not divide into .* cells of 4 pixels"):
-            call()
+def test_image_that_does_not_divide_into_cells_is_refused():
+    codec = fitted()
+    for shape in ((2, 3, 16, 18), (2, 3, 18, 16)):
+        with pytest.raises(ValueError, match="18.* not divide into .*cells of 4 pixels"):
+            codec.encode(torch.rand(shape))
 
 
 def test_unknown_codec_is_refused_with_the_known_ones():

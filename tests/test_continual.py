@@ -1,6 +1,7 @@
 """Tasks one after the other: measures by hand, what protections hold, and runs that break off."""
 
 import multiprocessing
+from dataclasses import asdict, replace
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -8,25 +9,24 @@ import pytest
 import torch
 from torch import nn
 
-from diffad_ref import one_for_more
-from diffad_ref.anomalies import crop_textures
-from diffad_ref.checkpoints import load_checkpoint, read_description
+from diffad_ref import continual, one_for_more
+from diffad_ref.checkpoints import load, read_description
+from diffad_ref.codecs import CodecConfig
 from diffad_ref.continual import (
-    ORDERS,
     PROTECTIONS,
     Continual,
     check_tasks,
     fit_continual,
     gather,
     held_out_loss,
-    summarise,
 )
-from diffad_ref.data import AnomalyFolder
+from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.diffusion import seeded
 from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.one_for_more import Config, OneForMore
-from diffad_ref.texture_sources import texture_bank
-from diffad_ref.toy import CATEGORIES, toy_factory
+from diffad_ref.tools.photographs import Photographs
+from diffad_ref.tools.protocols import ORDERS
+from diffad_ref.tools.toy import CATEGORIES, toy_factory
 from diffad_ref.training import trained_weights
 
 SMALL = Config.tiny(
@@ -45,13 +45,15 @@ ALL = 1 - 1e-9  # of the energy: what an old task needs least is protected too
 pytestmark = pytest.mark.filterwarnings("ignore:no direction is left")  # small layers fill up
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+photographs = lru_cache(Photographs)
 
 
-def build():
+def build(config=SMALL):
+    """A detector whose codec and features have learned before all tasks: from photographs."""
     torch.manual_seed(0)
-    return OneForMore(SMALL)
+    detector = OneForMore(config)
+    detector.prepare(photographs(32, 60))
+    return detector
 
 
 def learn(root, out, protection):
@@ -60,15 +62,6 @@ def learn(root, out, protection):
     settings |= {"protection": protection, "progress": False}
     detector = build()
     return detector, fit_continual(detector, root, TASKS, out, **settings)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_photographs():
-    """Instead of the thousand that a detector learns its codec and features from."""
-    crops = crop_textures(texture_bank(), 60, 32, seeded())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_for_more, "photographs", lambda size: crops)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -168,39 +161,10 @@ def test_a_loss_that_grew_is_forgetting_and_one_that_fell_is_the_contrary():
     assert three_tasks().forgetting("loss") == pytest.approx((0.1 + 0.3 - 0.1) / 3)
 
 
-def test_table_has_a_row_for_each_category_and_leaves_cells_empty_before_it_was_learned():
-    lines = str(three_tasks().table()).splitlines()
-    assert lines[0] == "| category | after task 1 | after task 2 | after task 3 |"
-    assert lines[2] == "| a | 90.0 | 70.0 | 75.0 |" and lines[5] == "| d |  |  | 40.0 |"
-
-
-def test_summary_of_one_run_holds_its_measures():
-    [row] = summarise({"mine": three_tasks()}, ["image_auroc"]).rows
-    expected = {"A image AUROC": 0.575, "FM image AUROC": 0.15, "new image AUROC": 0.5}
-    assert row == pytest.approx({"training": "mine", **expected, "FM loss": 0.1, "memory": 1.0})
-
-
 def test_with_one_task_there_is_nothing_to_forget():
     one = Continual([["a"]], three_tasks().rows[:1], [{}])
     with pytest.raises(ValueError, match="forgetting needs at least two tasks"):
         one.forgetting("image_auroc")
-    table = summarise({"mine": one}, ["image_auroc"])
-    assert table.columns == ("training", "A image AUROC", "memory")
-    assert table.rows[0]["memory"] is None
-
-
-def test_summary_of_several_runs_names_each_measure_once():
-    table = summarise({"one": three_tasks(), "two": three_tasks()})
-    assert len(table.columns) == len(set(table.columns)) == 9
-    assert [row["training"] for row in table.rows] == ["one", "two"]
-
-
-@pytest.mark.parametrize("category", AUROC)
-def test_category_without_masks_leaves_the_measures_of_images_to_a_summary(category):
-    result = three_tasks()
-    for row in result.rows:
-        row["pixel_ap"] = None if row["category"] == category else row["pixel_ap"]
-    assert summarise({"mine": result}).rows[0]["FM image AUROC"] == pytest.approx(0.15)
 
 
 class Counting(nn.Module):
@@ -210,7 +174,7 @@ class Counting(nn.Module):
         super().__init__()
         self.layer, self.device, self.seen = nn.Linear(1, 1), torch.device("cpu"), []
 
-    def training_loss(self, batch, generator=None):
+    def forward(self, batch, generator):
         self.seen.append(torch.randn(1, generator=generator).item())
         return {"loss": torch.zeros(()), "noise": batch["image"].mean()}
 
@@ -244,9 +208,8 @@ def test_gathering_takes_every_so_manyth_image(every, count):
 
 def predict_old(detector, root):
     """The prediction for the first task's images that its memory was gathered from."""
-    data = AnomalyFolder(root, "train", 32, TASKS[0])
-    images = torch.stack([sample["image"] for sample in data])
-    return detector.predict(images, generator=seeded(detector.device, 0, 0))
+    images = [sample["image"] for sample in detector.folder(root, categories=TASKS[0])]
+    return detector.predict(torch.stack(images), generator=seeded("cpu", 0, 0))
 
 
 @torch.no_grad()
@@ -325,7 +288,7 @@ def test_layer_whose_memory_is_full_learns_no_more():
     network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
     memory = GradientProjectionMemory(network, gamma=1.0, energy=1.0)
     with memory.gather():
-        network(torch.randn(5, 3, generator=seeded()))
+        network(torch.randn(5, 3, generator=seeded("cpu", 0)))
     with pytest.warns(UserWarning, match="no direction is left in 1 layers.*: 0"):
         memory.extend()
     before = [network[k].weight.detach().clone() for k in (0, 2)]
@@ -346,7 +309,7 @@ def test_result_has_a_row_for_each_task_and_category_seen_by_then(finished):
     keys = [(row["task"], row["category"]) for row in result.rows]
     assert keys == [(0, "gear"), (1, "gear"), (1, "brick")]
     assert all(0 <= row["image_auroc"] <= 1 and row["loss"] > 0 for row in result.rows)
-    assert Continual(**result.to_dict()) == result
+    assert Continual(**asdict(result)) == result
 
 
 def test_weights_of_each_task_load_as_a_detector_that_knows_the_tasks_so_far(finished):
@@ -354,13 +317,64 @@ def test_weights_of_each_task_load_as_a_detector_that_knows_the_tasks_so_far(fin
     run = finished("update")
     for task, categories in ((1, ("gear",)), (2, ("gear", "brick"))):
         path = run.folder / f"task_{task}" / "weights.safetensors"
-        loaded, whole = load_checkpoint(path, method="OneForMore"), after(run, task).state_dict()
+        loaded, whole = load(path, method="OneForMore"), after(run, task).state_dict()
         assert loaded.categories == categories and loaded.config == SMALL
         for name, value in loaded.state_dict().items():
             assert torch.allclose(value, whole[name], atol=1e-4, rtol=1e-3), name
         assert read_description(path)["record"]["tasks"] == TASKS[:task]
     assert run.detector.categories == ("gear", "brick") and not run.detector.training
     assert all(torch.equal(v, whole[name]) for name, v in run.detector.state_dict().items())
+
+
+def test_photographs_are_the_start_of_the_first_task_alone(root, tmp_path, monkeypatch):
+    """A second task without a rate ends where the first one did, and not at the start."""
+    loaded = []
+
+    def load_shipped(detector, name):
+        detector.load_state_dict(build().state_dict())
+        loaded.append(name)
+
+    monkeypatch.setattr(one_for_more, "load_shipped", load_shipped)
+    settings = {"protection": "none", "later_rate": 0.0, "steps": 1, "batch_size": 2}
+    config = replace(SMALL, start="photographs")
+    fit_continual(OneForMore(config), root, TASKS, tmp_path, progress=False, cpu=True, **settings)
+    first, second = (trained_weights(tmp_path / f"task_{task}") for task in (1, 2))
+    start = build().state_dict()
+    assert loaded == ["one_for_more_photographs"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], start[name]) for name in start)
+
+
+def test_detector_that_learns_from_larger_images_gathers_at_the_size_at_which_it_judges(
+    root, tmp_path, monkeypatch
+):
+    codec, sizes = CodecConfig("pca", channels=6, factor=4), []
+    small = {"width": 8, "multipliers": (1, 1), "heads": 1, "context": 8, "norm_groups": 4}
+    detector = DecoDiff.tiny(image_size=32, resize=36, codec=codec, **small)
+    real = detector.judge
+
+    def judge(x, category_index, generator):
+        sizes.append((len(x), x.shape[-1]))
+        return real(x, category_index, generator)
+
+    monkeypatch.setattr(detector, "judge", judge)
+    settings = {"steps": 1, "batch_size": 2, "cpu": True, "progress": False}
+    result = fit_continual(detector, root, TASKS, tmp_path, **settings)
+    assert len(sizes) == 2 + 3 and {size for _, size in sizes} == {32}
+    assert sizes[0] == sizes[2] == (2, 32)  # gathered, before what is judged
+    assert 0 < result.share_taken()[0] <= result.share_taken()[1] <= 1
+
+
+def test_recipe_of_a_detector_stays_as_it_is_even_if_a_later_task_breaks_off(
+    root, tmp_path, monkeypatch
+):
+    judged = iter([[]])  # of the first task; in the second there is nothing to come
+    monkeypatch.setattr(continual, "judge", lambda *_: next(judged))
+    detector = build()
+    settings = {"later_rate": 0.5, "steps": 1, "batch_size": 2, "cpu": True, "progress": False}
+    with pytest.raises(StopIteration):
+        fit_continual(detector, root, TASKS, tmp_path, protection="none", **settings)
+    assert (tmp_path / "task_2").exists() and detector.stages is detector.config.stages
 
 
 # ----------------------------------------------------------------------------------- two processes
@@ -372,7 +386,7 @@ def projectors(rank=0, world=1):
     network = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 2))
     memory = GradientProjectionMemory(network, gamma=0.9, energy=1.0)
     for task in (0, 1):
-        coarse = torch.randn(8, 2, 2, 2, generator=seeded(task))
+        coarse = torch.randn(8, 2, 2, 2, generator=seeded("cpu", task))
         images = nn.functional.interpolate(coarse, size=4, mode="bilinear")
         with memory.gather(), torch.no_grad():
             network(images[rank::world])
@@ -382,7 +396,7 @@ def projectors(rank=0, world=1):
 
 def gather_a_share(rank, folder):
     """What one of two processes does."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # threads do not survive a fork
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     torch.save(projectors(rank, 2), folder / f"{rank}.pt")

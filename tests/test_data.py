@@ -439,7 +439,7 @@ def test_missing_root_shows_the_neighbours_and_the_expected_tree(mvtec_root):
 
 def test_root_without_categories_shows_what_it_holds(tmp_path):
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"(?s)it holds: pictures/.*ground_truth/<defect>"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)holds: pictures/.*ground_truth/<defect>"):
         AnomalyFolder(tmp_path)
 
 
@@ -452,7 +452,7 @@ def test_category_without_the_split_is_named(mvtec_root):
 def test_empty_category_is_named(mvtec_root):
     shutil.rmtree(mvtec_root / "carpet/train/good")
     (mvtec_root / "carpet/train/good").mkdir()
-    with pytest.raises(ValueError, match="'carpet' is empty.*holds: nothing"):
+    with pytest.raises(ValueError, match="'carpet' is empty.*carpet/train/good.*nothing"):
         AnomalyFolder(mvtec_root)
 
 
@@ -489,7 +489,7 @@ def test_truncated_png_is_named_wherever_it_breaks_off(mvtec_root, share):
 
 def test_mask_of_another_size_is_named_with_both_sizes(mvtec_root, write):
     write(mvtec_root / "bottle/ground_truth/crack/005_mask.png", np.zeros((24, 20), np.uint8))
-    with pytest.raises(ValueError, match="005_mask.png is 20x24 .*crack/005.png is 24x20"):
+    with pytest.raises(ValueError, match="005_mask.png .*20x24.*crack/005.png .*24x20"):
         AnomalyFolder(mvtec_root, "test")[FIRST_CRACK]
 
 

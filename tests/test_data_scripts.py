@@ -25,9 +25,8 @@ import torch
 import visa
 from PIL import Image
 
-from diffad_ref.data import AnomalyFolder
-from diffad_ref.images import read_mask
-from diffad_ref.texture_sources import texture_bank
+from diffad_ref.anomalies import texture_bank
+from diffad_ref.data import AnomalyFolder, read_mask
 
 SCRIPTS = Path(mvtec_ad.__file__).parent
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)

@@ -77,7 +77,7 @@ def predict(detector, x):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("given", [(), (None,), ("tiny",), (64,)], ids=repr)
 def test_constructor_without_a_config_says_which_sizes_there_are(method, given):
-    words = rf"how large\? {method}.tiny\(\) is .*{method}.paper\(\) is .*{method}\(config\)"
+    words = rf"how large\? {method}.tiny\(\) .*{method}.paper\(\) .*{method}\(config\)"
     with pytest.raises(TypeError, match=words):
         METHODS[method](*given)
 
@@ -97,7 +97,6 @@ def test_tiny_and_paper_build_what_their_configs_say(method):
     with torch.device("meta"):
         assert kind.tiny().config == kind.Config.tiny()
         detector = kind.tiny(image_size=96, schedule="cosine")
-        assert kind.paper(schedule="scaled_linear").config.schedule == "scaled_linear"
     assert (detector.config.image_size, detector.config.schedule) == (96, "cosine")
     assert detector.stages == kind.Config.tiny().stages
 

@@ -1,25 +1,24 @@
 """DiffusionAD: its formulas by pencil, its losses at their edges, its borders and its sizes."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffad_ref import diffusion_ad
-from diffad_ref.anomalies import Synthesis, Synthetic
-from diffad_ref.backbones import count_parameters
-from diffad_ref.diffusion import Schedule
+from diffad_ref.anomalies import Synthesis, texture_bank
+from diffad_ref.diffusion import Schedule, predict_x0
 from diffad_ref.diffusion_ad import (
-    Config,
     DiffusionAD,
     focal_loss,
     mask_loss,
     noise_loss,
     noise_to_norm,
-    norm_guided_x0,
+    top_k_mean,
 )
+from diffad_ref.tools.baselines import SegmentationOnly, without_denoiser
 
 SCHEDULE = Schedule.named("linear", 1000)
 ALL_ANOMALOUS = Synthesis(p_normal=0.0, max_exponent=2, threshold=0.3)
@@ -32,7 +31,7 @@ def seeded(seed=0):
 def batch_of(count, size=32):
     """Normal images, objects and textures in turn."""
     images = torch.rand(count, 3, size, size, generator=seeded())
-    return {"image": images, "category": [("gear", "brick")[i % 2] for i in range(count)]}
+    return {"image": images, "texture": torch.arange(count) % 2 == 1}
 
 
 def build(config, seed=0, **changes):
@@ -57,37 +56,46 @@ def gradient(part):
 
 
 @pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 2.0])
-def test_closed_form_is_what_the_three_formulas_of_guidance_give(w):
+def test_guided_image_is_a_blend_of_the_two_estimates(w):
+    """D4 to D6 in closed form: w (1 - abar) of the way from the small scale's to the large's."""
     x, noise_s, noise_b = torch.rand(3, 4, 3, 8, 8, generator=seeded()).unbind()
     t_s, t_b = torch.tensor([1, 50, 200, 299]), torch.tensor([300, 400, 700, 999])
     eps = torch.randn(8, 3, 8, 8, generator=seeded(1))
     steps = noise_to_norm(lambda x_t, t: eps, x, t_s, t_b, noise_s, noise_b, SCHEDULE, w)
-    closed = norm_guided_x0(
-        steps.x_s, steps.x_b, *eps.chunk(2), SCHEDULE.at(t_s), SCHEDULE.at(t_b), w
+    abar_s, abar_b = SCHEDULE.at(t_s), SCHEDULE.at(t_b)
+    x0_s, x0_b = (
+        predict_x0(*v) for v in ((steps.x_s, eps[:4], abar_s), (steps.x_b, eps[4:], abar_b))
     )
-    assert torch.allclose(closed, steps.x0_g, atol=2e-5)
-    assert (closed.abs() < 1).any()  # the clamp does not hide the comparison
+    blend = x0_s + w * (1 - abar_s) * (x0_b.clamp(-1, 1) - x0_s)
+    assert torch.allclose(steps.x0_g, blend.clamp(-1, 1), atol=2e-5)
+    assert (blend.abs() < 1).any()  # the clamp does not hide the comparison
+
+
+def rebuilt(x0_s, x0_b, w=1.0):
+    """What is made of estimates of one pixel at the paper's levels, t = 200 and 400."""
+    x, t_s, t_b = torch.full((1, 1, 1, 1), 0.3), torch.tensor([200]), torch.tensor([400])
+    abar = SCHEDULE.at(torch.cat([t_s, t_b]))
+
+    def believes(x_t, t):
+        return (x_t - abar.sqrt() * torch.tensor([x0_s, x0_b]).view(2, 1, 1, 1)) / (1 - abar).sqrt()
+
+    noise = torch.tensor([0.7]).view(1, 1, 1, 1), torch.tensor([-1.1]).view(1, 1, 1, 1)
+    return noise_to_norm(believes, x, t_s, t_b, *noise, SCHEDULE, w).x0_g.item()
 
 
 def test_guidance_by_pencil_at_the_papers_levels():
-    """One pixel: 34.4 % of the answer is the large scale's."""
-    abar_s, abar_b = (torch.full((1, 1, 1, 1), a) for a in (0.6563, 0.1936))
-    x0_s, x0_b = 0.5, 0.1  # what the two noise estimates stand for
-    x_s, x_b = torch.full((2, 1, 1, 1, 1), 0.3).unbind()
-    eps_s = (x_s - abar_s.sqrt() * x0_s) / (1 - abar_s).sqrt()
-    eps_b = (x_b - abar_b.sqrt() * x0_b) / (1 - abar_b).sqrt()
-    found = norm_guided_x0(x_s, x_b, eps_s, eps_b, abar_s, abar_b)
-    assert found.item() == pytest.approx((1 - 0.3437) * 0.5 + 0.3437 * 0.1, abs=1e-6)
+    """34.4 % of the answer is the large scale's: abar at t = 200 is 0.6563."""
+    abar = math.prod(1 - (1e-4 + (2e-2 - 1e-4) * t / 999) for t in range(201))
+    assert abar == pytest.approx(0.6563, abs=2e-4)
+    assert rebuilt(0.5, 0.1) == pytest.approx(abar * 0.5 + (1 - abar) * 0.1, abs=1e-5)
 
 
 def test_large_scale_is_clamped_before_it_guides_and_small_scale_is_not():
-    one, abar = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.5)
-    zero = 0 * one
-    x_t = abar.sqrt() * one  # without noise, an estimate of 1
-    found = norm_guided_x0(0 * x_t, 3 * x_t, zero, zero, abar, abar)
-    assert found.item() == pytest.approx(0.5)  # 0 + (1 - 0.5) * (clamp(3) - 0)
-    found = norm_guided_x0(3 * x_t, -x_t, zero, zero, abar, abar, w=1.5)
-    assert found.item() == pytest.approx(0.0, abs=1e-6)  # 3 + 1.5 * 0.5 * (-1 - 3), not 1 - 1.5
+    abar = math.prod(1 - (1e-4 + (2e-2 - 1e-4) * t / 999) for t in range(201))
+    assert rebuilt(0.0, 3.0) == pytest.approx((1 - abar) * 1, abs=1e-5)
+    w = 2.0 / (1 - abar) / 4  # half of the way: from 3 to -1, not from 1
+    assert rebuilt(3.0, -1.0, w) == pytest.approx(1.0, abs=1e-5)
+    assert rebuilt(2.5, -1.0, w) == pytest.approx(0.75, abs=1e-5)
 
 
 def test_without_guidance_the_large_scale_is_ignored(small_config):
@@ -235,7 +243,28 @@ def test_anomalies_keep_to_the_foreground_of_the_batch(small_config, monkeypatch
     real = diffusion_ad.synthesize
     monkeypatch.setattr(diffusion_ad, "synthesize", lambda *a: made.append(real(*a)) or made[-1])
     detector.training_loss(batch, seeded())
-    assert made[0].mask.any() and not made[0].mask[..., :8, :].any()
+    _, mask, _ = made[0]
+    assert mask.any() and not mask[..., :8, :].any()
+
+
+def test_anomalies_are_made_of_the_textures_that_are_set_or_else_of_the_photographs(small_config):
+    black = Synthesis(p_normal=0.0, threshold=0.3, beta=(0.0, 0.0), p_self=0.0, n_augmentations=0)
+    detector = build(small_config, synthesis=black)
+    detector.textures = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    image, mask, label = detector.with_anomalies(batch_of(4), seeded())
+    assert label.all() and not (image * mask).any()
+    detector = build(small_config, synthesis=black)
+    assert detector.with_anomalies(batch_of(4), seeded())[0].isfinite().all()
+    assert torch.equal(detector.textures, texture_bank())
+
+
+def test_surfaces_never_get_their_shuffled_selves(small_config):
+    """Of black textures and with nothing shining through, what is not black is the image's own."""
+    own = Synthesis(p_normal=0.0, threshold=0.3, beta=(0.0, 0.0), p_self=1.0, n_augmentations=0)
+    detector = build(small_config, synthesis=own)
+    detector.textures = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    image, mask, _ = detector.with_anomalies(batch_of(6), seeded())
+    assert ((image * mask).flatten(1).amax(1) > 0).tolist() == [True, False] * 3
 
 
 # -------------------------------------------------------------------------------------- prediction
@@ -264,12 +293,6 @@ def test_prediction_repeats_with_the_seed_of_its_generator(small_config):
     assert not torch.equal(a.parts["noised"], other.parts["noised"])
 
 
-def test_prediction_without_a_generator_is_that_of_seed_0(small_config):
-    detector, images = build(small_config).eval(), batch_of(2)["image"]
-    a, b = detector.predict(images), detector.predict(images, generator=seeded(0))
-    assert torch.equal(a.anomaly_map, b.anomaly_map)
-
-
 def test_levels_and_weight_of_a_reconstruction_can_be_chosen(small_config):
     detector, x = build(small_config), batch_of(1)["image"]
     with torch.no_grad():
@@ -291,98 +314,100 @@ def test_reconstructions_of_several_draws_of_noise_are_averaged(small_config):
     assert not torch.equal(each[0], each[1])
 
 
-def test_no_draw_at_all_is_refused(small_config):
-    with pytest.raises(ValueError, match="draws must be at least 1, not 0"):
-        build(replace(small_config, draws=0))
-
-
 def test_paper_profile_draws_noise_once():
-    assert Config.paper().draws == 1
+    assert DiffusionAD.Config.paper().draws == 1
+
+
+def test_mean_of_more_pixels_than_there_are_is_that_of_all_and_of_none_is_refused():
+    maps = torch.tensor([[[0.0, 1.0], [2.0, 5.0]], [[0.0, 0.0], [0.0, 4.0]]])
+    assert top_k_mean(maps, 50).tolist() == [2, 1] and top_k_mean(maps, 1).tolist() == [5, 4]
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        top_k_mean(maps, 0)
+
+
+# ---------------------------------------------------------------------------------------- ablation
 
 
 def test_ablation_compares_with_zeros_and_has_no_denoiser(small_config):
-    detector = build(small_config.without_reconstruction()).eval()
+    torch.manual_seed(0)
+    detector = SegmentationOnly(without_denoiser(small_config))
     assert [name for name, _ in detector.named_children()] == ["segmenter"]
     found = detector.predict(batch_of(2)["image"])
     assert not found.reconstruction.any() and found.parts == {}
-    losses = detector.training_loss(batch_of(2), seeded())
+    losses = detector(batch_of(2), seeded())
     losses["loss"].backward()
     assert set(losses) == {"loss", "mask"} and gradient(detector.segmenter) > 0
 
 
 def test_ablation_learns_as_many_steps_as_the_segmenter_of_the_full_recipe():
-    (alone,) = Config.tiny().without_reconstruction().stages
-    full = Config.tiny().stages
+    with torch.device("meta"):
+        (alone,) = SegmentationOnly.tiny().stages
+    full = DiffusionAD.Config.tiny().stages
     assert alone.steps == sum(s.steps for s in full if "segmenter" in s.lr)
     assert set(alone.lr) == {"segmenter"}
 
 
-# ----------------------------------------------------------------------------------------- borders
+# ------------------------------------------------------------------------------- settings and sizes
 
 
-@pytest.mark.parametrize("call", ["predict", "training_loss"])
 @pytest.mark.parametrize(
-    ("images", "words"),
+    ("changes", "words"),
     [
-        (torch.rand(2, 3, 32, 32) * 255, "divide by 255"),
-        (torch.full((2, 3, 32, 32), math.nan), r"NaN or infinite pixels in image\(s\) \[0, 1\]"),
-        (torch.rand(2, 3, 48, 32), "built for 32 x 32 images, not 48 x 32"),
-        (torch.rand(0, 3, 32, 32), "the batch is empty"),
-        (torch.rand(2, 1, 32, 32), "expected shape"),
-        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "got torch.uint8"),
+        ({"image_size": 48}, "image_size must be a multiple of 32, not 48"),
+        ({"image_size": 64, "patch_size": 64}, "image_size must be a multiple of 128, not 64"),
+        ({"draws": 0}, "draws must be at least 1, not 0"),
+        ({"segmentation_norm": "layer"}, "norm is 'batch' or 'group', not 'layer'"),
+        ({"schedule": "square"}, "unknown schedule 'square'"),
     ],
 )
-def test_images_that_do_not_fit_are_refused_with_a_reason(small_config, call, images, words):
-    detector = build(small_config)
-    argument = images if call == "predict" else {"image": images, "category": ["gear"] * 2}
-    with pytest.raises(ValueError, match=words):
-        getattr(detector, call)(argument)
+def test_settings_that_do_not_fit_together_are_refused(small_config, changes, words):
+    with torch.device("meta"), pytest.raises(ValueError, match=words):
+        build(small_config, **changes)
 
 
-def test_stage_that_trains_a_part_that_is_not_there_is_refused(small_config):
-    detector = build(small_config)
-    wrong = replace(
-        detector.stages[0], name="odd", lr={"decoder": detector.stages[0].lr["denoiser"]}
-    )
-    with pytest.raises(ValueError, match=r"'odd' trains unknown parts \['decoder'\]"):
-        detector.enter(wrong)
+def count(part):
+    return sum(p.numel() for p in part.parameters())
 
 
-# ------------------------------------------------------------------------------------------- sizes
-
-
-def test_paper_profile_counts_the_published_parameters():
+@pytest.fixture(scope="module")
+def paper():
+    """The paper's networks, with shapes and no numbers."""
     with torch.device("meta"):
-        detector = DiffusionAD(Config.paper())
-    assert count_parameters(detector.denoiser) == 131_654_403
-    assert count_parameters(detector.segmenter) == 28_373_569
+        return DiffusionAD.paper().requires_grad_(False)
+
+
+def test_paper_profile_counts_the_published_parameters(paper):
+    assert count(paper.denoiser) == 131_654_403 and count(paper.segmenter) == 28_373_569
 
 
 def test_tiny_profile_is_small():
     with torch.device("meta"):
-        assert count_parameters(DiffusionAD(Config.tiny())) < 3_100_000
+        assert count(DiffusionAD.tiny()) < 3_100_000
 
 
-def test_paper_profile_learns_and_predicts_on_tensors_without_memory(monkeypatch):
-    """Shapes only: no number is computed, so checks and synthesis, which look at them, are out."""
-    monkeypatch.setattr("diffad_ref.detector.check_images", lambda images: None)
-    monkeypatch.setattr(
-        diffusion_ad,
-        "synthesize",
-        lambda images, *rest: Synthetic(images, images[:, :1], images[:, 0, 0, 0]),
-    )
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        detector = DiffusionAD(Config.paper(), textures=torch.zeros(1, 3, 8, 8))
-        images = torch.rand(2, 3, 256, 256)
-        batch = {"image": images, "category": ["bottle", "carpet"]}
-        detector.training_loss(batch, seeded())["loss"].backward()
-        assert all(p.grad.shape == p.shape for p in detector.parameters())
-        found = detector.eval().predict(images, generator=seeded())
-    assert found.anomaly_map.shape == (2, 256, 256) and found.score.shape == (2,)
+def test_paper_profile_has_a_loss_on_tensors_without_memory(paper, monkeypatch):
+    """Synthesis looks at numbers and is left out; there is no autocast for nothing, either."""
+    x = torch.rand(2, 3, 256, 256, device="meta")
+    made = x, x[:, :1], x[:, 0, 0, 0]
+    monkeypatch.setattr(paper, "with_anomalies", lambda batch, generator: made)
+    monkeypatch.setattr(torch, "autocast", lambda *words, **more: nullcontext())
+    losses = paper.training_loss({"image": x}, seeded())
+    assert all(losses[name].shape == () for name in ("loss", "noise", "mask"))
+
+
+def test_paper_profile_learns_and_predicts_at_a_sixteenth_of_its_width():
+    """All of its levels, batch statistics and anomalies, on numbers."""
+    small = {"width": 8, "norm_groups": 4, "segmentation_width": 4}
+    torch.manual_seed(0)
+    detector = DiffusionAD.paper(image_size=64, **small)
+    detector(batch_of(3, 64), seeded())["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in detector.parameters())
+    found = detector.predict(batch_of(2, 64)["image"])
+    assert found.anomaly_map.shape == (2, 64, 64) and found.score.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [32, 64, 96, 128])
 def test_tiny_profile_works_on_patches_of_every_size_it_is_offered_for(size):
-    config = Config.tiny(size, width=8, norm_groups=4, segmentation_width=4)
-    found = build(config).eval().predict(batch_of(1, size)["image"])
+    detector = DiffusionAD.tiny(image_size=size, width=8, norm_groups=4, segmentation_width=4)
+    found = detector.predict(batch_of(1, size)["image"])
     assert found.anomaly_map.shape == (1, size, size)

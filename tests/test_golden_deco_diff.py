@@ -65,9 +65,7 @@ def length_of(processes):
     Told by the time values that the case's models got: `processes` holds for each re-spacing the
     indices of its steps and those values. Where several fit, one that is kept whole is the length.
     """
-    recorded = {
-        int(m[1]) for m, _ in matching("deco_2a_schedules", r"steps(\d+)_\w+_timestep_map")
-    }
+    recorded = {int(m[1]) for m, _ in matching("deco_2a_schedules", r"steps(\d+)_\w+_timestep_map")}
     named = {int(name.removeprefix("ddim")) for name, _, _ in processes if name != "full"}
 
     def fits(steps):

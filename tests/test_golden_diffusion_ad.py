@@ -6,7 +6,17 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from golden_files import FOLDER, arrays, close, matching, names, numbered, settings, shifted, weights
+from golden_files import (
+    FOLDER,
+    arrays,
+    close,
+    matching,
+    names,
+    numbered,
+    settings,
+    shifted,
+    weights,
+)
 
 from diffad_ref.anomalies import blend, perlin_noise, shuffle_strips
 from diffad_ref.diffusion import Schedule, predict_x0

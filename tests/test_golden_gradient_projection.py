@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_files import FOLDER, arrays, close
+from golden_files import FOLDER, arrays, close, matching, numbered
 from torch import nn
 
 from diffad_ref.gradient_projection import (
@@ -33,7 +33,7 @@ def gram(basis):
 
 def layer_of(name, x, matrix):
     """The layer that a case's name and shapes describe; its weights play no part."""
-    if x.ndim == 3:
+    if x.ndim != 4:
         return nn.Linear(x.shape[-1], 1)
     kernel, stride = re.match(r"conv(\d+)(?:_s(\d+))?", name).groups()
     kernel, stride = int(kernel), int(stride or 1)
@@ -43,11 +43,8 @@ def layer_of(name, x, matrix):
 
 def test_representations_of_layers():
     case = arrays("cdad_3d_activations")
-    found = {m[1] for m in (re.fullmatch(r"(.+)_input\d+", name) for name in case) if m}
-    assert found
-    for name in found:
-        calls = sorted(n for n in case if re.fullmatch(rf"{name}_input\d+", n))
-        inputs = [tensor(case, call) for call in calls]
+    for name in {match[1] for match, _ in matching("cdad_3d_activations", r"(.+)_input\d+")}:
+        inputs = [tensor(case, call) for call in numbered(case, rf"{name}_input(\d+)")]
         layer = layer_of(name, inputs[0], case[f"{name}_matrix"])
         matrix = torch.cat([representation(layer, x) for x in inputs], 1)
         close(matrix, case[f"{name}_matrix"])
@@ -92,20 +89,19 @@ def released():
     return IterativeSVD(keep_values=False, reach=False)
 
 
-@pytest.mark.parametrize("run", ["wide", "tall", "rank1"])
-def test_released_iterative_svd(run):
-    case, svd, step = arrays("cdad_3e_isvd"), released(), 0
-    while f"{run}_step{step}_chunk" in case:
-        values = svd.update(tensor(case, f"{run}_step{step}_chunk").T)
-        recorded = case[f"{run}_step{step}_singular_values"]
-        close(values, recorded, atol=1e-5 * recorded.max(), rtol=1e-4)
-        share = torch.cumsum(values.square(), 0) / values.square().sum()
-        close(share, case[f"{run}_step{step}_cumulative_energy"], atol=1e-5)
-        assert svd.basis.shape[1] == int(case[f"{run}_step{step}_rank"])
-        close(gram(svd.basis), case[f"{run}_step{step}_projector"], atol=1e-3)
-        close(gram(svd.basis), gram(case[f"{run}_step{step}_basis"].astype(float)), atol=1e-3)
-        step += 1
-    assert step
+def test_released_iterative_svd():
+    case = arrays("cdad_3e_isvd")
+    for run in {match[1] for match, _ in matching("cdad_3e_isvd", r"(.+)_step\d+_chunk")}:
+        svd = released()
+        for chunk in numbered(case, rf"{run}_step(\d+)_chunk"):
+            step, values = chunk.removesuffix("_chunk"), svd.update(tensor(case, chunk).T)
+            recorded = case[f"{step}_singular_values"]
+            close(values, recorded, atol=1e-5 * recorded.max(), rtol=1e-4)
+            share = torch.cumsum(values.square(), 0) / values.square().sum()
+            close(share, case[f"{step}_cumulative_energy"], atol=1e-5)
+            assert svd.basis.shape[1] == int(case[f"{step}_rank"])
+            close(gram(svd.basis), case[f"{step}_projector"], atol=1e-3)
+            close(gram(svd.basis), gram(case[f"{step}_basis"].astype(float)), atol=1e-3)
 
 
 def test_without_singular_values_a_large_chunk_pushes_the_old_basis_out():
@@ -154,27 +150,26 @@ GAMMA = 0.5  # released, for every further task
 
 def test_released_extension_by_columns_of_the_residual():
     case = arrays("cdad_3f_basis_extension")
-    tasks = sorted(int(m[1]) for m in (re.fullmatch(r"task(\d+)_data", n) for n in case) if m)
     before = None
-    for task in tasks:
-        svd = released()
-        svd.update(tensor(case, f"task{task}_data").T)
-        close(gram(svd.basis), case[f"task{task}_act_projector"], atol=1e-3)
-        act = tensor(case, f"task{task}_act").double()
+    for data in numbered(case, r"task(\d+)_data"):
+        task, svd = data.removesuffix("_data"), released()
+        svd.update(tensor(case, data).T)
+        close(gram(svd.basis), case[f"{task}_act_projector"], atol=1e-3)
+        act = tensor(case, f"{task}_act").double()
         # The first task's compressed basis is the memory; the threshold is for later ones.
         after = act if before is None else extend_basis(before, act, GAMMA, "residual")
         if before is not None:
             residual = act - before @ (before.T @ act)
-            close(residual, case[f"task{task}_act_hat"], atol=1e-5)
+            close(residual, case[f"{task}_act_hat"], atol=1e-5)
             values = left_singular(residual)[1]
-            close(values, case[f"task{task}_act_hat_singular_values"], atol=1e-5)
+            close(values, case[f"{task}_act_hat_singular_values"], atol=1e-5)
             total = act.square().sum()
             covered = (total - values.square().sum()) / total
-            close(covered, case[f"task{task}_energy_already_covered"], atol=1e-5)
-            assert after.shape[1] - before.shape[1] == int(case[f"task{task}_added"])
-        recorded = tensor(case, f"task{task}_project_after").double()
+            close(covered, case[f"{task}_energy_already_covered"], atol=1e-5)
+            assert after.shape[1] - before.shape[1] == int(case[f"{task}_added"])
+        recorded = tensor(case, f"{task}_project_after").double()
         close(after, recorded, atol=1e-5)
-        close(gram(after), case[f"task{task}_gram_after"], atol=1e-4)
+        close(gram(after), case[f"{task}_gram_after"], atol=1e-4)
         before = recorded
 
 
@@ -196,19 +191,16 @@ def test_columns_of_the_residual_make_no_projector_and_singular_vectors_do():
 
 def test_gradient_projection_memory_over_tasks():
     case = arrays("cdad_3f_basis_extension")
-    layers = sorted(
-        {int(m[1]) for m in (re.fullmatch(r"gpm_task0_layer(\d+)_mat", n) for n in case) if m}
-    )
-    assert layers
-    for layer in layers:
-        basis, task = None, 0
-        while f"gpm_task{task}_layer{layer}_mat" in case:
-            name, gamma = f"gpm_task{task}_layer{layer}", case[f"gpm_task{task}_threshold"][layer]
-            basis = extend_basis(basis, tensor(case, f"{name}_mat"), float(gamma), reach=False)
+    found = matching("cdad_3f_basis_extension", r"gpm_task\d+_layer(\d+)_mat")
+    for place, layer in enumerate(sorted({int(match[1]) for match, _ in found})):
+        basis = None
+        for matrix in numbered(case, rf"gpm_task(\d+)_layer{layer}_mat"):
+            name = matrix.removesuffix("_mat")
+            gamma = float(case[name.replace(f"layer{layer}", "threshold")][place])
+            basis = extend_basis(basis, tensor(case, matrix), gamma, reach=False)
             assert basis.shape[1] == int(case[f"{name}_rank"])
             close(gram(basis), case[f"{name}_projector"], atol=1e-6)
             close(gram(basis), gram(case[f"{name}_basis"]), atol=1e-3)
-            task += 1
 
 
 # ---------------------------------------------------------------------------------- 3g projection
@@ -251,14 +243,12 @@ def test_projected_and_zeroed_gradients():
     case = arrays("cdad_3g_gradient_projection")
     zeroed = json.loads((FOLDER / "cdad_3g_zeroed_names.json").read_text())
     network = modules_of(case)
-    names = [name for name, _ in network.named_modules()]
-    bases = {}
-    for name in case:
-        if name.startswith("basis__"):
-            layer = name.removeprefix("basis__")
-            layer += ".in_proj" if layer.endswith(".self_attn") else ""
-            (found,) = [n for n in names if n.split(".", 1)[-1] == layer]
-            bases[found] = tensor(case, name)
+    projected, bases = set(zeroed["projected"]), {}
+    names = [n for n, _ in network.named_modules() if recorded_name(f"{n}.weight") in projected]
+    for match, basis in matching("cdad_3g_gradient_projection", r"basis__(.+?)"):
+        layer = match[1] + (".in_proj" if match[1].endswith(".self_attn") else "")
+        (found,) = [name for name in names if name.split(".", 1)[-1] == layer]
+        bases[found] = torch.from_numpy(basis)
     memory = GradientProjectionMemory(network, lambda name, layer: name in bases)
     memory.project_gradients()  # in the first task there is nothing to project on
     for name, parameter in network.named_parameters():
@@ -270,4 +260,4 @@ def test_projected_and_zeroed_gradients():
         close(parameter.grad, case[f"grad_after__{recorded_name(name)}"])
     gone = {recorded_name(n) for n, p in network.named_parameters() if not p.grad.any()}
     assert gone >= set(zeroed["zeroed"])
-    assert {recorded_name(f"{name}.weight") for name in bases} == set(zeroed["projected"])
+    assert {recorded_name(f"{name}.weight") for name in bases} == projected

@@ -218,17 +218,25 @@ def test_equal_images_have_equal_features_and_a_change_shows_near_its_place_alon
 # ------------------------------------------------------------------------------ ResNet features
 
 
-def random_resnet(stages=(1, 2, 3)):
-    """With random weights that pass for the published ones."""
+@lru_cache
+def network():
+    """A whole ResNet-50 with random weights, which pass for the published ones."""
     torch.manual_seed(0)
-    features = ResNetFeatures(stages)
+    return resnet50(weights=None).eval()
+
+
+@lru_cache
+def random_resnet():
+    """Features of all stages of that network."""
+    features = ResNetFeatures((0, 1, 2, 3, 4))
+    features.network.load_state_dict(network().state_dict(), strict=False)
     features.ready.fill_(True)
     return features
 
 
 def test_resnet_without_weights_is_refused():
     with pytest.raises(ValueError, match=r"no weights yet: call prepare\(\)"):
-        ResNetFeatures()(torch.rand(1, 3, 32, 32))
+        ResNetFeatures((0,))(torch.rand(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("stages", [(), (5,), (1, 2, 7), (-1, 1)])
@@ -239,28 +247,31 @@ def test_stages_that_a_resnet_does_not_have_are_refused(stages):
 
 def test_stages_come_with_their_channels_and_sizes():
     with torch.no_grad():
-        found = random_resnet((0, 1, 2, 3, 4))(torch.rand(2, 3, 64, 64))
+        found = random_resnet()(torch.rand(2, 3, 64, 64))
     sizes = [(64, 32), (256, 16), (512, 8), (1024, 4), (2048, 2)]
     assert [tuple(stage.shape) for stage in found] == [(2, c, s, s) for c, s in sizes]
 
 
 def test_stages_are_those_of_the_network_of_torchvision():
-    features, images, seen = random_resnet((0, 2)), torch.rand(2, 3, 32, 32), []
-    own = resnet50(weights=None).eval()
-    missing, surplus = own.load_state_dict(features.network.state_dict(), strict=False)
-    assert not surplus and all(name.startswith(("layer3", "layer4", "fc")) for name in missing)
-    for layer in (own.relu, own.layer2):
+    features, own, images, seen = random_resnet(), network(), torch.rand(2, 3, 32, 32), []
+    layers = (own.relu, own.layer1, own.layer2, own.layer3, own.layer4)
+    hooks = [
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+        for layer in layers
+    ]
     mean, deviation = (torch.tensor(v)[:, None, None] for v in (features.MEAN, features.DEVIATION))
     with torch.no_grad():
         own((images - mean) / deviation)
         found = features(images)
+    for hook in hooks:
+        hook.remove()
+    assert len(found) == len(seen) == 5
     for ours, theirs in zip(found, seen, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_resnet_stays_in_evaluation_mode_and_learns_nothing():
-    features = random_resnet((1,))
+    features = random_resnet()
     parent = nn.Sequential(features, nn.Flatten()).train()
     assert parent.training and not any(module.training for module in features.modules())
     assert not any(p.requires_grad for p in features.parameters())
@@ -271,8 +282,7 @@ def test_resnet_stays_in_evaluation_mode_and_learns_nothing():
 
 def test_resnet_is_prepared_once_from_weights_of_torchvision(monkeypatch):
     """What lies behind the last stage is left out, and the second time nothing is loaded."""
-    torch.manual_seed(1)
-    published, asked = resnet50(weights=None).state_dict(), []
+    published, asked = network().state_dict(), []
 
     def give(self, **settings):
         asked.append((self, settings["check_hash"]))

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffad_ref.diffusion_ad import Config
+from diffad_ref.tools.foreign_pickles import read_foreign, weights_under
 from diffad_ref.tools.official_diffusion_ad import SEGMENTER_KEY, UNET_KEY, import_diffusion_ad
 
 UNET, SEGMENTER = "diffusionad_1b_unet_d", "diffusionad_1c_seg"
@@ -28,6 +29,19 @@ UNET, SEGMENTER = "diffusionad_1b_unet_d", "diffusionad_1c_seg"
 def networks():
     """Both state dicts, as they lie in a checkpoint."""
     return {UNET_KEY: weights(UNET, OWN), SEGMENTER_KEY: weights(SEGMENTER, OWN)}
+
+
+# A checkpoint with a weight or two, for what does not depend on there being whole networks.
+SMALL = {
+    UNET_KEY: {"w": torch.arange(3.0), "b": torch.ones(2)},
+    SEGMENTER_KEY: {"w": torch.ones(1)},
+}
+
+
+def holds_small(path):
+    """Whether the weights of a checkpoint are read as they were written."""
+    read = weights_under(read_foreign(path), UNET_KEY, path)
+    return all(torch.equal(read[name], value) for name, value in SMALL[UNET_KEY].items())
 
 
 @pytest.fixture
@@ -156,10 +170,9 @@ def foreign_objects():
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 @pytest.mark.parametrize("name", foreign_objects())
-def test_object_beside_the_weights_does_not_matter(networks, write, name, zipped):
-    content = {name: foreign_objects()[name], **networks}
-    detector = import_diffusion_ad(write(content, _use_new_zipfile_serialization=zipped))
-    assert torch.equal(detector.denoiser.unet.conv_in.weight, networks[UNET_KEY]["down.0.0.weight"])
+def test_object_beside_the_weights_does_not_matter(write, name, zipped):
+    content = {name: foreign_objects()[name], **SMALL}
+    assert holds_small(write(content, _use_new_zipfile_serialization=zipped))
 
 
 def payloads(path):
@@ -185,9 +198,14 @@ def mark(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 @pytest.mark.parametrize("name", payloads(""))
-def test_payload_beside_the_weights_does_not_run(networks, write, mark, name, zipped):
-    content = {"args": payloads(mark)[name], **networks}
-    path = write(content, _use_new_zipfile_serialization=zipped)
+def test_payload_beside_the_weights_does_not_run(write, mark, name, zipped):
+    content = {"args": payloads(mark)[name], **SMALL}
+    assert holds_small(write(content, _use_new_zipfile_serialization=zipped))
+    assert not mark.exists()
+
+
+def test_whole_checkpoint_with_foreign_objects_and_payloads_is_imported(networks, write, mark):
+    path = write({**foreign_objects(), **networks, "payloads": list(payloads(mark).values())})
     detector = import_diffusion_ad(path)
     assert not mark.exists()
     assert torch.equal(detector.denoiser.unet.conv_in.weight, networks[UNET_KEY]["down.0.0.weight"])
@@ -203,28 +221,26 @@ def test_these_payloads_do_run_where_pickle_is_trusted(write, mark, name):
 
 @pytest.mark.parametrize("name", payloads(""))
 @pytest.mark.parametrize("place", ["whole file", "network", "weight", "key"])
-def test_payload_in_place_of_weights_does_not_run_and_is_refused(
-    networks, write, mark, name, place
-):
+def test_payload_in_place_of_weights_does_not_run_and_is_refused(write, mark, name, place):
     payload = payloads(mark)[name]
-    unet = networks[UNET_KEY]
+    unet = SMALL[UNET_KEY]
     if place == "whole file":
         content = payload
     elif place == "network":
-        content = {**networks, UNET_KEY: payload}
+        content = {**SMALL, UNET_KEY: payload}
     elif place == "weight":
-        content = {**networks, UNET_KEY: {**unet, "down.0.0.weight": payload}}
+        content = {**SMALL, UNET_KEY: {**unet, "w": payload}}
     else:
         key = frozenset(payload) if isinstance(payload, set) else (payload,)
         key = "a list has no hash" if isinstance(payload, Trap) else key
-        content = {**networks, UNET_KEY: {**unet, key: payload}}
+        content = {**SMALL, UNET_KEY: {**unet, key: payload}}
     path = write(content)
     with pytest.raises(ValueError, match=f"{path.name} (holds no checkpoint|has no weights under)"):
         import_diffusion_ad(path)
     assert not mark.exists()
 
 
-def test_plain_pickle_is_refused_and_does_not_run(networks, tmp_path, mark):
+def test_plain_pickle_is_refused_and_does_not_run(tmp_path, mark):
     path = tmp_path / "params.pt"
     path.write_bytes(pickle.dumps({"args": Call(os.mkdir, str(mark))}))
     with pytest.raises(ValueError, match="params.pt"):
@@ -266,8 +282,8 @@ def test_another_kind_of_file_is_refused_by_name(tmp_path, kind):
 
 
 @pytest.mark.parametrize("key", [UNET_KEY, SEGMENTER_KEY])
-def test_checkpoint_without_one_network_says_which_and_what_it_holds(networks, write, key):
-    content = {"n_epoch": 3, **networks}
+def test_checkpoint_without_one_network_says_which_and_what_it_holds(write, key):
+    content = {"n_epoch": 3, **SMALL}
     del content[key]
     with pytest.raises(ValueError, match=rf"no weights under '{key}'; it holds \['n_epoch'"):
         import_diffusion_ad(write(content))

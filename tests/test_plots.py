@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from pandas import DataFrame
 from PIL import Image
 
 matplotlib.use("Agg")
@@ -15,7 +16,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from diffad_ref.detector import Prediction  # noqa: E402
 from diffad_ref.evaluation import Report  # noqa: E402
-from diffad_ref.plots import best_and_worst, curves, panels, score_histogram, show_images, slider  # noqa: E402
+from diffad_ref.tools.plots import (  # noqa: E402
+    best_and_worst,
+    curves,
+    panels,
+    save_heat_map,
+    score_histogram,
+    show_images,
+    slider,
+    source,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -146,14 +156,14 @@ def test_slider_needs_one_label_for_each_frame():
 
 def judged(scores, labels):
     """A report and its data set, two categories in turn."""
-    images = [
-        {"category": "ab"[i % 2], "kind": "bad" if label else "good", "label": label, "score": s}
-        for i, (s, label) in enumerate(zip(scores, labels, strict=True))
-    ]
-    masks = torch.zeros(len(images), 8, 8, dtype=torch.bool)
+    count = len(scores)
+    kinds = ["bad" if label else "good" for label in labels]
+    images = {"category": ["ab"[i % 2] for i in range(count)], "kind": kinds}
+    images = DataFrame(images | {"label": labels, "score": scores})
+    masks = torch.zeros(count, 8, 8, dtype=torch.bool)
     masks[torch.tensor(labels) == 1, 2:4, 2:4] = True
-    report = Report("Red", [], [], images, 0.1, maps=torch.rand(len(images), 8, 8), masks=masks)
-    return report, [{"image": torch.full((3, 8, 8), i / 10)} for i in range(len(images))]
+    report = Report(None, None, images, "Red", maps=torch.rand(count, 8, 8), masks=masks)
+    return report, [{"image": torch.full((3, 8, 8), i / 10)} for i in range(count)]
 
 
 def test_best_and_worst_are_found_by_the_distance_from_good_images_of_their_category():
@@ -165,6 +175,7 @@ def test_best_and_worst_are_found_by_the_distance_from_good_images_of_their_cate
     assert pixels[:4] == [7, 4, 5, 6]  # of b and of a; then the missed ones
     assert set(pixels[4:]) == {2, 3}
     assert [fig.axes[i].get_ylabel() for i in (0, 4, 8)] == ["found best", "missed", "false alarms"]
+    assert fig.axes[0].get_title() == "b, bad" and fig.axes[8].get_title().endswith(", good")
 
 
 def test_best_and_worst_need_the_maps():
@@ -172,3 +183,21 @@ def test_best_and_worst_need_the_maps():
     report.maps = None
     with pytest.raises(ValueError, match="evaluate again"):
         best_and_worst(report, data)
+
+
+def test_heat_map_stands_beside_its_image_and_is_as_strong_as_its_limits_say(tmp_path):
+    grey = torch.full((3, 4, 6), 0.5)
+    heat = torch.zeros(4, 6)
+    heat[0, 0], heat[0, 1] = 2.0, 9.0  # the upper limit, and beyond it
+    save_heat_map(grey, heat, tmp_path / "map.png", (0.0, 2.0))
+    pixels = np.asarray(Image.open(tmp_path / "map.png"))
+    assert pixels.shape == (4, 12, 3)
+    left, right = pixels[:, :6].astype(int), pixels[:, 6:].astype(int)
+    assert (left == 128).all() and (right[1:] == 128).all()
+    assert (right[0, 0] == right[0, 1]).all() and abs(right[0, 0] - 128).max() > 50
+
+
+def test_source_is_the_text_of_the_functions_themselves():
+    text = source(show_images, save_heat_map)._repr_html_()
+    words = re.sub(r"<[^>]+>", "", text)
+    assert "def show_images(" in words and "def save_heat_map(" in words

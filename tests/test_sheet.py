@@ -6,14 +6,16 @@ import re
 import numpy as np
 import pytest
 import torch
+from pandas import DataFrame
 from PIL import Image
 
 from diffad_ref.__main__ import main
 from diffad_ref.checkpoints import write_text
-from diffad_ref.evaluation import Report, compare
-from diffad_ref.plots import save_heat_map
-from diffad_ref.sheet import write_sheet
-from diffad_ref.tables import METRICS
+from diffad_ref.evaluation import Report
+from diffad_ref.metrics import METRICS
+from diffad_ref.tools import tables
+from diffad_ref.tools.plots import save_heat_map
+from diffad_ref.tools.sheet import write_sheet
 
 
 def test_sheet_shows_the_most_abnormal_first_and_finds_its_pictures(tmp_path):
@@ -34,10 +36,10 @@ def test_sheet_shows_the_most_abnormal_first_and_finds_its_pictures(tmp_path):
 def report(scale, images=2):
     row = dict.fromkeys(METRICS, scale) | {"n_good": images, "n_defective": 1}
     return Report(
-        "Name",
-        rows=[row | {"category": "gear"}],
-        kinds=[row | {"category": "gear", "kind": "missing"}],
-        images=[],
+        DataFrame([row | {"category": name} for name in ("gear", "mean")]).set_index("category"),
+        DataFrame([row | {"category": "gear", "kind": "missing"}]).set_index(["category", "kind"]),
+        DataFrame(columns=["path", "category", "kind", "label", "score"]),
+        detector="Name",
         seconds_per_image=scale,
     )
 
@@ -46,7 +48,7 @@ def report(scale, images=2):
 def files(tmp_path):
     """Two reports as `evaluate --save` writes them."""
     for name, scale in (("first_try", 0.25), ("second", 0.75)):
-        entries = {"commands": [], "report": report(scale).to_dict()}
+        entries = {"commands": [], "report": tables.to_plain(report(scale)), "intervals": {}}
         write_text(json.dumps(entries), tmp_path / f"{name}.json")
     return [str(tmp_path / "first_try.json"), str(tmp_path / "second.json")]
 
@@ -54,9 +56,10 @@ def files(tmp_path):
 def test_compare_prints_the_table_of_the_library_and_one_by_kind(files, capsys):
     assert main(["compare", *files]) == 0
     printed = capsys.readouterr().out
-    expected = compare({"first try": report(0.25), "second": report(0.75)})
+    expected = tables.compare({"first try": report(0.25), "second": report(0.75)})
     assert printed.startswith(f"{expected}\n")
-    assert "| gear | missing | 25.0 | **75.0** |" in printed
+    rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines()]
+    assert ["", "gear", "missing", "25.0", "**75.0**", ""] in rows
 
 
 @pytest.mark.parametrize("form", ["--json", "--csv"])
@@ -74,9 +77,11 @@ def test_compare_gives_fractions_to_programs(files, capsys, form):
 
 
 def test_compare_refuses_what_cannot_be_compared(files, tmp_path, capsys):
-    other = {"report": report(0.5, images=3).to_dict()}
+    other = {"report": tables.to_plain(report(0.5, images=3))}
     write_text(json.dumps(other), tmp_path / "other.json")
     (tmp_path / "none.json").write_text('{"mean": 1}')
+    (tmp_path / "list.json").write_text('{"report": {"table": [], "kinds": [], "images": []}}')
+    (tmp_path / "text.json").write_text("a note")
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "second.json").write_bytes((tmp_path / "second.json").read_bytes())
     for name, words in (
@@ -84,6 +89,8 @@ def test_compare_refuses_what_cannot_be_compared(files, tmp_path, capsys):
         ("none.json", "none.json is no report"),
         ("again/second.json", "two reports are called 'second'"),
         ("missing.json", "missing.json"),
+        ("list.json", "list.json is no report"),
+        ("text.json", "text.json is no report"),
     ):
         assert main(["compare", *files, str(tmp_path / name)]) == 2
         assert words in capsys.readouterr().err, name

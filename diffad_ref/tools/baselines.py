@@ -198,6 +198,11 @@ class SegmentationOnly(DiffusionAD):
         """As `DiffusionAD.tiny`, with a recipe for the segmentation network alone."""
         return cls(without_denoiser(Config.tiny(**changes)))
 
+    @classmethod
+    def paper(cls, **changes) -> SegmentationOnly:
+        """As `DiffusionAD.paper`, with a recipe for the segmentation network alone."""
+        return cls(without_denoiser(Config.paper(**changes)))
+
     def training_loss(self, batch, generator):
         """Scalar "loss" for a batch of normal images, alone and as "mask"."""
         x, mask, _ = self.with_anomalies(batch, generator)

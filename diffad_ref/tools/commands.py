@@ -34,7 +34,6 @@ from diffad_ref.tools import baselines, options, plan, tables
 from diffad_ref.tools.intervals import intervals
 from diffad_ref.tools.latents import CachedLatents
 from diffad_ref.tools.memory import peak_memory
-from diffad_ref.tools.official_deco_diff import start_from_imagenet
 from diffad_ref.tools.options import Count, Model, Names, Root, Settings, Training, Weights
 from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
@@ -126,15 +125,17 @@ class Train(Command):
         if self.textures:
             detector.textures = texture_bank(self.textures)
         if self.imagenet:
+            from diffad_ref.tools.official_deco_diff import start_from_imagenet  # slow to import
+
             kept = ", ".join(start_from_imagenet(detector, self.imagenet)) or "nothing"
             print(f"not in {self.imagenet}, or of another shape: {kept}", file=sys.stderr)
+        if self.latents:
+            still = detector.folder(root, "train", crop=config.image_size, cache=False, **only)
+            detector.to(Accelerator().device).prepare(still)
+            return detector, CachedLatents(still, detector.codec, self.latents)
         if photographs:
             return detector, Photographs(detector.view("train")["image_size"])
-        if not self.latents:
-            return detector, detector.folder(root, "train", **only)
-        still = detector.folder(root, "train", crop=config.image_size, cache=False, **only)
-        detector.to(Accelerator().device).prepare(still)
-        return detector, CachedLatents(still, detector.codec, self.latents)
+        return detector, detector.folder(root, "train", **only)
 
 
 @dataclass(kw_only=True)

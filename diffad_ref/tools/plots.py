@@ -144,10 +144,8 @@ def best_and_worst(report, dataset, columns: int = 6, size: float = 1.3) -> Figu
     """
     if report.maps is None:
         raise ValueError("the report has no maps: they are not saved, evaluate again")
-    category = np.array([image["category"] for image in report.images])
-    score = np.array([image["score"] for image in report.images])
-    bad = np.array([image["label"] for image in report.images]) == 1
-    distance = np.zeros(len(score))
+    category, kind, score = (report.images[c].to_numpy() for c in ("category", "kind", "score"))
+    bad, distance = report.images["label"].to_numpy() == 1, np.zeros(len(score))
     for name in set(category):
         mine = category == name
         usual = score[mine & ~bad] if (mine & ~bad).any() else score[mine]
@@ -163,7 +161,7 @@ def best_and_worst(report, dataset, columns: int = 6, size: float = 1.3) -> Figu
         above[0].set_ylabel(title, fontsize=9)
         for image, heat, i in zip(above, below, chosen, strict=False):
             _draw(image, _picture(dataset[int(i)]["image"]))
-            image.set_title(f"{category[i]}, {report.images[i]['kind']}", fontsize=7)
+            image.set_title(f"{category[i]}, {kind[i]}", fontsize=7)
             if report.masks[i].any() and not report.masks[i].all():
                 image.contour(_picture(report.masks[i]), [0.5], colors=[OUTLINE], linewidths=1.2)
             scale = report.maps[torch.from_numpy(category == category[i])]
