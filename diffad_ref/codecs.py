@@ -50,12 +50,7 @@ class Codec(nn.Module):
         """Mean and standard deviation of the latents of images, stacked: (B, 2C, H/f, W/f)."""
         if not self.is_ready():
             raise ValueError("the codec knows nothing yet: call prepare(dataset), or fit")
-        cell = self.config.factor
-        if any(side % cell for side in images.shape[-2:]):
-            raise ValueError(
-                f"images {tuple(images.shape)} do not divide into cells of {cell} pixels"
-            )
-        return self._posterior(images * 2 - 1)
+        return self._posterior(self._centred(images))
 
     def encode(self, images: Tensor) -> Tensor:
         """The mean latent (B, C, H/f, W/f) of images: what inference starts from."""
@@ -64,6 +59,13 @@ class Codec(nn.Module):
     def sample(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """A sample (B, C, H/f, W/f) of the posterior: what training sees."""
         return draw_latent(self.posterior(images), generator)
+
+    def _centred(self, images: Tensor) -> Tensor:
+        """Images of whole cells, in [-1, 1]."""
+        shape, cell = tuple(images.shape), self.config.factor
+        if any(side % cell for side in shape[-2:]):
+            raise ValueError(f"images {shape} do not divide into cells of {cell} pixels")
+        return images * 2 - 1
 
     def picture(self, decoded: Tensor) -> Tensor:
         """What `decode` gives, as pictures in [0, 1]."""
@@ -111,7 +113,8 @@ class PatchPCA(Codec):
             return
         count, total, square = 0, 0.0, 0.0
         for batch in DataLoader(dataset, batch_size=64):
-            patches = self._cut(batch["image"].to(self.mean.device) * 2 - 1)
+            x = self._centred(batch["image"].to(self.mean.device))
+            patches = F.pixel_unshuffle(x, self.config.factor)
             patches = patches.transpose(0, 1).flatten(1).double()  # (3f², patches)
             count += patches.shape[1]
             total = total + patches.sum(1)
@@ -128,17 +131,14 @@ class PatchPCA(Codec):
 
     def _posterior(self, x: Tensor) -> Tensor:
         weights = self.components / self.spread[:, None]
-        z = F.conv2d(self._cut(x) - self.mean[:, None, None], weights[..., None, None])
+        patches = F.pixel_unshuffle(x, self.config.factor)  # as channels (B, 3f², H/f, W/f)
+        z = F.conv2d(patches - self.mean[:, None, None], weights[..., None, None])
         return torch.cat([z, torch.zeros_like(z)], 1)  # nothing is left to chance
 
     def decode(self, z: Tensor) -> Tensor:
         weights = self.components.T * self.spread
         patches = F.conv2d(z, weights[..., None, None], self.mean)
         return F.pixel_shuffle(patches, self.config.factor)
-
-    def _cut(self, x: Tensor) -> Tensor:
-        """Patches as channels: (B, 3f², H/f, W/f)."""
-        return F.pixel_unshuffle(x, self.config.factor)
 
 
 class KLCodec(Codec):

@@ -126,7 +126,7 @@ class PatchFeatures(nn.Module):
             covariance = (patches - mean) @ (patches - mean).T / patches.shape[1]
             values, vectors = torch.linalg.eigh(covariance)
             kept = self.filters.shape[1]
-            filters = vectors.flip(1)[:, :kept] / values.flip(0)[:kept].sqrt()
+            filters = vectors.flip(1)[:, :kept] / values.flip(0)[:kept].clamp(min=1e-8).sqrt()
             self.mean[i], self.filters[i] = mean[:, 0], filters.T
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -98,10 +98,10 @@ def condition_layers(module):
 
 # Over 60 random networks and inputs, float32 gradients were off from float64 ones by up to 4e-6 of
 # the largest in a tensor, with one thread and with two, as long as every ReLU was on the same side.
-# What a ReLU sees was off by 1e-6 in the mean; where that decides on its side, a unit's whole share
-# of the gradient comes or goes, up to 8e-4 of the largest. So the tolerance is ten times the
-# rounding, and the shares of the few units that float32 may have on the other side.
-ROUNDING, UNDECIDED = 4e-5, 1e-5
+# What a ReLU sees was off by up to 1.5e-5; where that decides on its side, a unit's whole share of
+# the gradient comes or goes, up to 8e-4 of the largest. So the tolerance is ten times the rounding,
+# and the shares of the few units that float32 may have on the other side.
+ROUNDING, UNDECIDED = 4e-5, 2e-5
 
 
 def gradients(network, condition, loss):

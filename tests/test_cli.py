@@ -215,6 +215,23 @@ def test_evaluate_record_adds_the_report_and_leaves_the_weights_alone(weights, m
     assert after == description
 
 
+def test_saved_report_says_how_it_came_to_be_and_can_be_compared(run, mvtec_root, tmp_path, capsys):
+    for name, seed in (("first", 0), ("second", 1)):
+        words = ["--save", tmp_path / f"{name}.json", "--seed", seed]
+        assert command("evaluate", run / "weights", mvtec_root, *words) == 0
+    saved = json.loads((tmp_path / "first.json").read_text())
+    trained, evaluated = saved["commands"]
+    assert trained == read_description(run / "weights")["record"]["command"]
+    assert evaluated.startswith("python -m diffad_ref evaluate ")
+    assert evaluated.endswith(shlex.join(["--save", str(tmp_path / "first.json"), "--seed", "0"]))
+    assert saved["versions"]["torch"] == torch.__version__
+    low, high = saved["intervals"]["pixel_auroc"]
+    assert 0 <= low <= high <= 1
+    capsys.readouterr()
+    assert command("compare", *(tmp_path / f"{name}.json" for name in ("first", "second"))) == 0
+    assert "| first " in capsys.readouterr().out
+
+
 def test_evaluate_without_record_writes_nothing(weights, mvtec_root):
     before = weights.read_bytes(), weights.with_suffix(".json").read_bytes()
     assert command("evaluate", weights, mvtec_root) == 0
@@ -257,6 +274,7 @@ def test_predict_gives_images_of_equal_name_in_two_folders_a_map_each(run, tmp_p
     assert len(set(maps)) == len(scores(tmp_path / "out")) == len(names)
 
 
+@pytest.mark.filterwarnings("error:.*taken for an object")  # nobody is to be told what it shows
 def test_predict_of_one_image_judges_it_alone(run, mvtec_root, tmp_path):
     image = mvtec_root / "bottle" / "train" / "good" / "001.png"
     assert command("predict", run / "weights", image, "--out", tmp_path / "out") == 0

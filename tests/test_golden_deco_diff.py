@@ -73,9 +73,7 @@ def length_of(processes):
             kept = [(kept_steps(steps, name), i, t) for name, i, t in processes]
         except ValueError:
             return False
-        return all(
-            i.max() < len(steps) and np.array_equal(np.array(steps)[i], t) for steps, i, t in kept
-        )
+        return all(i.max() < len(k) and np.array_equal(np.array(k)[i], t) for k, i, t in kept)
 
     found = [steps for steps in sorted(recorded | named) if fits(steps)]
     found = [steps for steps in found if steps in named] or found

@@ -52,12 +52,12 @@ def test_binned_pixel_areas_are_close_to_exact_ones():
 
 def test_it_covers_the_truth_about_as_often_as_it_says():
     covered = 0
-    for seed in range(60):
+    for seed in range(40):
         report = report_of(40, 0.7, seed)
-        low, high = intervals(report, draws=100, seed=seed, bins=100)["pixel_auroc"]
+        low, high = intervals(report, draws=80, seed=seed, bins=100)["pixel_auroc"]
         truth = 0.5 * (1 + float(torch.erf(torch.tensor(0.7 / 2))))  # of two shifted Gaussians
         covered += low < truth < high
-    assert covered >= 50
+    assert covered >= 33
 
 
 def test_equal_seeds_give_equal_intervals():

@@ -31,7 +31,7 @@ BOOK = sorted(str(path.relative_to(RECORDS).with_suffix("")) for path in RECORDS
 def recorded(name):
     """The report of a record of the book, or of shipped weights."""
     if name in NAMES:
-        return from_plain(read_description(SHIPPED / name)["record"]["report"] | {"images": []})
+        return from_plain(read_description(SHIPPED / name)["record"]["report"])
     return from_plain(json.loads((RECORDS / f"{name}.json").read_text("utf-8"))["report"])
 
 

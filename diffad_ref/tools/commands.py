@@ -51,7 +51,7 @@ class Command:
     threads: Count | None = None  # CPU threads; fewer can be faster
 
     def show(self, plain, *texts) -> None:
-        """Print JSON if that was asked for, else the texts."""
+        """Print JSON if the command was asked for it, else the texts."""
         print(json.dumps(plain, indent=1, default=str) if self.json else "\n".join(map(str, texts)))
 
 
@@ -242,7 +242,7 @@ class Evaluate(Command):
             detector = other.eval()
         detector.to(Accelerator().device)
         root = options.root_of(self.data, detector.config.image_size)
-        record = read_description(self.weights)["record"]
+        record = read_description(self.weights).get("record") or {}
         commands = [record["command"]] if "command" in record else []
         return detector, detector.folder(root, "test", categories=self.categories), commands
 

@@ -1,7 +1,7 @@
 """Import of One-for-More weights under the names of its released code.
 
-The U-Net has the names of latent diffusion: `tools.official_deco_diff.converted_unet` renames it. The
-anomaly-masked network keeps queries, keys and values in one matrix, which is cut in three here.
+The U-Net has the names of latent diffusion, and `official_deco_diff.converted_unet` renames it.
+The anomaly-masked network keeps queries, keys and values in one matrix, which is cut in three here.
 """
 
 from __future__ import annotations

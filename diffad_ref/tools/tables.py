@@ -5,8 +5,8 @@ Frames hold fractions; only what is shown here is in per cent.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import html
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -28,9 +28,10 @@ HEADERS = {
     "n_defective": "defective",
     "seconds_per_image": "s per image",
 }
+COUNTS = ["n_good", "n_defective"]
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Shown:
     """A frame that displays itself: HTML in a notebook, Markdown where it is printed.
 
@@ -48,40 +49,42 @@ class Shown:
     percent: Sequence[str] = METRICS
     best: str | None = None
 
-    def texts(self) -> DataFrame:
-        """Every cell as a text; empty where a value is not defined."""
-        named = [c for c in self.frame if c in self.percent]
-        bold = DataFrame(False, self.frame.index, self.frame.columns)
-        if self.best and named:
-            values = self.frame[named].astype(float)
-            top = values.max(axis=0 if self.best == "column" else 1)
-            bold[named] = values.eq(top, axis=1 if self.best == "column" else 0)
-        texts = DataFrame(index=self.frame.index)
-        for column in self.frame:
-            cells = [_text(value, column in named) for value in self.frame[column]]
-            texts[HEADERS.get(column, column)] = [
-                f"**{cell}**" if strong else cell
-                for cell, strong in zip(cells, bold[column], strict=True)
-            ]
-        return texts
-
     def __repr__(self) -> str:
         """GitHub-flavoured Markdown."""
-        flat, labels = self.texts().reset_index(), self.frame.index.nlevels
-        flat.columns = [HEADERS.get(str(c), str(c)).replace("index", "") for c in flat]
-        flat = flat.map(lambda cell: str(cell).replace("|", "\\|"))
-        sides = ["left"] * labels + ["right"] * (flat.shape[1] - labels)
+        texts = self._texts("**{}**", lambda text: text.replace("|", "\\|"))
+        labels = texts.index.nlevels
+        sides = ["left"] * labels + ["right"] * len(texts.columns)
+        flat = texts.reset_index(names=texts.index.names, allow_duplicates=True)
         return flat.to_markdown(index=False, colalign=sides, disable_numparse=True)
 
     def _repr_html_(self) -> str:
-        texts = self.texts()
-        bold = texts.map(lambda cell: "font-weight: bold" * cell.startswith("**"))
-        styler = texts.map(lambda cell: cell.strip("*")).style.apply(lambda _: bold, axis=None)
-        return styler.set_properties(**{"text-align": "right"}).to_html()
+        return self._texts("<b>{}</b>", html.escape).to_html(escape=False)
+
+    def _texts(self, strong: str, escape: Callable[[str], str]) -> DataFrame:
+        """Every name and cell as a text, the best ones as `strong` says."""
+        frame, along = self.frame, 1 if self.best == "row" else 0
+        shares = frame[[c for c in frame if c in self.percent]].astype(float)
+        top = shares.eq(shares.max(axis=along), axis=1 - along)
+
+        def written(values, column=None) -> list[str]:
+            texts = [escape(_text(value, column in shares)) for value in values]
+            if self.best and column in shares:
+                texts = [
+                    strong.format(t) if b else t for t, b in zip(texts, top[column], strict=True)
+                ]
+            return texts
+
+        def named(names) -> list[str]:
+            return written("" if name is None else HEADERS.get(name, name) for name in names)
+
+        levels = [written(frame.index.get_level_values(k)) for k in range(frame.index.nlevels)]
+        index = pd.MultiIndex.from_arrays(levels, names=named(frame.index.names))
+        cells = DataFrame({column: written(frame[column], column) for column in frame}, index)
+        return cells.set_axis(named(frame), axis=1)
 
 
 def _text(value, percent: bool) -> str:
-    if value is None or (isinstance(value, float) and value != value):
+    if value is None or value != value:  # NaN
         return ""
     if percent:
         return f"{100 * value:.1f}"
@@ -103,8 +106,7 @@ def rows(
 
 def by_category(report: Report) -> Shown:
     """One row a category, and the mean."""
-    counts = ["n_good", "n_defective"]
-    return Shown(report.table[[*METRICS, *counts]])
+    return Shown(report.table[[*METRICS, *COUNTS]])
 
 
 def by_kind(report: Report, metrics=("image_auroc", "pixel_auroc", "pixel_ap")) -> Shown:
@@ -139,9 +141,9 @@ def _require_same_images(reports: dict[str, Report]) -> None:
     if not reports:
         raise ValueError("there is no report to compare")
     first, *others = reports
-    counts = ["n_good", "n_defective"]
+    counts = {name: report.table[COUNTS].astype(int) for name, report in reports.items()}
     for name in others:
-        if not reports[name].table[counts].equals(reports[first].table[counts]):
+        if not counts[name].equals(counts[first]):
             raise ValueError(f"{name!r} and {first!r} were not evaluated on the same images")
         if reports[name].protocol != reports[first].protocol:
             raise ValueError(
@@ -189,11 +191,13 @@ def summarise(runs: dict[str, Continual], metrics=("image_auroc", "pixel_ap")) -
 
 def to_plain(report: Report) -> dict:
     """Everything of a report but maps and masks, in types that JSON knows."""
-    frames = {"table": report.table, "kinds": report.kinds, "images": report.images}
+    frames = {
+        "table": report.table.reset_index(),
+        "kinds": report.kinds.reset_index(),
+        "images": report.images,
+    }
     plain = {
-        name: json.loads(
-            frame.reset_index(drop=name == "images").to_json(orient="records", double_precision=15)
-        )
+        name: frame.astype(object).where(frame.notna(), None).to_dict("records")
         for name, frame in frames.items()
     }
     names = ("detector", "protocol", "seed", "seconds_per_image")
@@ -202,7 +206,8 @@ def to_plain(report: Report) -> dict:
 
 def from_plain(plain: dict) -> Report:
     """A report (without maps) from what `to_plain` gave."""
-    frames = {name: DataFrame(plain[name]) for name in ("table", "kinds", "images")}
-    frames["table"] = frames["table"].set_index("category").astype(float)
-    frames["kinds"] = frames["kinds"].set_index(["category", "kind"]).astype(float)
+    frames = {name: DataFrame(plain.get(name, [])) for name in ("table", "kinds", "images")}
+    types = dict.fromkeys(METRICS, float) | dict.fromkeys(COUNTS, int)
+    frames["table"] = frames["table"].set_index("category").astype(types)
+    frames["kinds"] = frames["kinds"].set_index(["category", "kind"]).astype(types)
     return Report(**plain | frames)
