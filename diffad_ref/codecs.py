@@ -169,11 +169,12 @@ class KLCodec(Codec):
         """Load the published weights; ValueError if they are not what the config says."""
         if self.is_ready():
             return
-        name, scale = self.config.pretrained, self.config.scale
+        name, own = self.config.pretrained, self.vae.config
         loaded = load_part(type(self.vae), name, self.config.subfolder, "autoencoder")
         try:
-            if loaded.config.scaling_factor != scale:
-                raise RuntimeError(f"it scales latents by {loaded.config.scaling_factor}")
+            for key in ("scaling_factor", "norm_num_groups"):  # the shapes do not show them
+                if loaded.config[key] != own[key]:
+                    raise RuntimeError(f"its {key} is {loaded.config[key]}")
             self.vae.load_state_dict(loaded.state_dict())
         except RuntimeError as error:  # names are missing, or shapes differ
             raise ValueError(f"{name!r} is another autoencoder than the config: {error}") from error
