@@ -111,7 +111,7 @@ class Detector(nn.Module, ABC):
         """Check a batch of training images and compute its loss."""
         if "image" in batch:
             self.check(batch["image"], self.view("train")["image_size"], self.config.image_size)
-        count = len(batch.get("image", batch.get("posterior")))
+        count = len(batch["posterior" if "posterior" in batch else "image"])
         index = self.classes_of(batch.get("category_index"), count)
         generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
         return self.training_loss(batch | {"category_index": index}, generator)
@@ -141,8 +141,7 @@ class Detector(nn.Module, ABC):
 
     def classes_of(self, category_index: Tensor | None, count: int) -> Tensor | None:
         """The classes (count,), long, of a batch, if `config.classes` says how many there are."""
-        classes = getattr(self.config, "classes", None)
-        if classes is None:
+        if (classes := getattr(self.config, "classes", None)) is None:
             return category_index
         known = f"there are {classes} classes: {list(self.categories)}"
         if category_index is None:

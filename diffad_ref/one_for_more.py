@@ -202,9 +202,9 @@ class OneForMore(Detector):
         if c.image_size % multiple:
             raise ValueError(f"image_size must be a multiple of {multiple}, not {c.image_size}")
         if ddim_times(c.steps, c.walk)[0] >= c.steps:
-            raise ValueError(f"walk must divide the schedule's {c.steps} steps, not {c.walk}")
+            raise ValueError(f"a walk of {c.walk} steps would leave the schedule's {c.steps}")
         if c.predicts not in ("noise", "latent") or c.features not in ("resnet50", "patches"):
-            raise ValueError(f"cannot predict {c.predicts!r}, or compare {c.features!r}")
+            raise ValueError("predicts is noise or latent, features are resnet50 or patches")
         self.schedule = Schedule.named(c.schedule, c.steps)
         self.codec = build_codec(c.codec)
         size = c.width, c.multipliers, c.blocks, c.heads, c.prompt, c.norm_groups
@@ -223,8 +223,8 @@ class OneForMore(Detector):
             return  # a later task
         start = self.config.start
         if start == PHOTOGRAPHS:
-            load_shipped(self, "one_for_more_photographs")
-        elif start is not None:
+            return load_shipped(self, "one_for_more_photographs")
+        if start is not None:
             load_weights(self.unet, stable_diffusion(start), f"Stable Diffusion {start!r}")
         self.codec.prepare(dataset)
         images = None

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import pickle
+from copy import deepcopy
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -27,11 +29,16 @@ from diffad_ref.tools.baselines import without_denoiser
 RECORD = {"command": "by hand", "seed": 3, "metrics": {"image_auroc": 0.75}}
 
 
+@lru_cache
+def built(config):
+    torch.manual_seed(0)
+    return DiffusionAD(config)
+
+
 @pytest.fixture
 def detector(small_config):
     """A detector that also has integers to keep: the counters of batch normalisation."""
-    torch.manual_seed(0)
-    detector = DiffusionAD(replace(small_config, segmentation_norm="batch"))
+    detector = deepcopy(built(replace(small_config, segmentation_norm="batch")))
     detector.categories = ("gear", "brick")
     for name, buffer in detector.named_buffers():
         if name.endswith("num_batches_tracked"):

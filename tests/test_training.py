@@ -346,11 +346,19 @@ TWO = (
 )
 
 
+@pytest.fixture(scope="module")
+def unbroken():
+    """A run of two stages, and its losses."""
+    detector = Line(TWO, noise=0.1)
+    return detector, train(detector, accumulate=2, ema=0.9)
+
+
 @pytest.mark.parametrize("call", range(18))
-def test_a_run_stopped_at_any_batch_ends_with_the_weights_of_an_unbroken_one(tmp_path, call):
+def test_a_run_stopped_at_any_batch_ends_with_the_weights_of_an_unbroken_one(
+    tmp_path, unbroken, call
+):
     settings = {"accumulate": 2, "ema": 0.9, "save_every": 2}
-    unbroken = Line(TWO, noise=0.1)
-    history = train(unbroken, **settings)
+    unbroken, history = unbroken
     stopped, resumed = Line(TWO, noise=0.1), Line(TWO, noise=0.1)
     stop_at(stopped, call)
     with pytest.raises(Killed):
