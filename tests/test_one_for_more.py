@@ -89,8 +89,8 @@ def kept(detector):
         ({"condition_strides": (1, 1, 2, 1, 2, 1, 2, 1)}, "product of condition_strides must be 4"),
         ({"image_size": 36}, "image_size must be a multiple of 8, not 36"),
         ({"image_size": 40, "multipliers": (1, 1, 1)}, "must be a multiple of 16, not 40"),
-        ({"predicts": "velocity"}, "'velocity'"),
-        ({"features": "vgg"}, "'vgg'"),
+        ({"predicts": "velocity"}, "predicts is noise"),
+        ({"features": "vgg"}, "or patches"),
         ({"schedule": "square"}, "unknown schedule 'square'"),
     ],
 )
