@@ -68,7 +68,7 @@ def pretrained(name: str) -> Detector:
     """One of the tiny detectors that ship with the package, such as "diffusion_ad_toy"."""
     names = sorted(p.stem for p in SHIPPED.glob("*.safetensors"))
     if name not in names:
-        raise ValueError(f"no weights called {name!r} are shipped; there are {', '.join(names)}")
+        raise ValueError(f"no weights {name!r} are shipped; there are {', '.join(names) or 'none'}")
     return load(SHIPPED / name)
 
 

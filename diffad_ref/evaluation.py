@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame  # loaded where it is used: it takes its time
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Report:
     """What `evaluate` found. Metrics are fractions in [0, 1], NaN where they are not defined."""
 
@@ -32,8 +32,8 @@ class Report:
     protocol: str = "exact"  # how the metrics were made
     seed: int = 0
     seconds_per_image: float = float("nan")  # spent in `predict`
-    maps: Tensor | None = field(default=None, compare=False)  # (N, H, W) on the CPU; not saved
-    masks: Tensor | None = field(default=None, compare=False)  # (N, H, W), bool
+    maps: Tensor | None = None  # (N, H, W) on the CPU; not saved
+    masks: Tensor | None = None  # (N, H, W), bool
 
     @property
     def mean(self) -> dict[str, float]:
@@ -113,6 +113,8 @@ def _tables(images: DataFrame, maps: Tensor, masks: Tensor, protocol) -> tuple:
     if bad.all() or not bad.any():
         lack = f"no {'good' if bad.all() else 'defective'} image among the {len(images)}"
         raise ValueError(f"{lack} of {', '.join(names)}: is this the test split?")
+    if "mean" in names:
+        raise ValueError("a category cannot be called 'mean': the table has a row of that name")
     if lost.any() and masked.any():
         where = ", ".join(sorted(set(category[lost])))
         words = f"{lost.sum()} of {bad.sum()} defective images have no mask ({where})"
@@ -131,8 +133,7 @@ def _tables(images: DataFrame, maps: Tensor, masks: Tensor, protocol) -> tuple:
         return row
 
     table = DataFrame(judge(category == c, category=c) for c in names).set_index("category")
-    counts = ["n_good", "n_defective"]
-    table.loc["mean"] = table.mean().where(~table.columns.isin(counts), table.sum())
+    table.loc["mean"] = table.mean().where(~table.columns.str.startswith("n_"), table.sum())
     kinds = [
         judge((category == c) & (~bad | (kind == k)), category=c, kind=k)
         for c in names

@@ -209,13 +209,12 @@ class GradientProjectionMemory:
             drift = weight.flatten(1) @ basis - anchor
             weight -= (drift @ basis.T).view_as(weight)  # G5: W x stays for every x in span(M)
 
-    def protect(
-        self, optimizer: torch.optim.Optimizer, updates: bool = True, rest: str = "keep"
-    ) -> None:
+    def protect(self, optimizer: torch.optim.Optimizer, updates: bool = True, rest: str = "keep"):
         """From now on, project what goes into an optimiser's step and, with `updates`, the step.
 
         W M is held as it is now, unless `hold` has been called since the last `extend`.
         """
+        self.bases = {k: v.to(self.layers[k].weight) for k, v in self.bases.items()}  # it may move
         optimizer.register_step_pre_hook(lambda *_: self.project_gradients(rest))
         if updates:
             if not self._anchors:

@@ -1,8 +1,11 @@
 """A tiny data set in the MVTec layout, and the place where the scripts are."""
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would wait
 
 import numpy as np
 import pytest

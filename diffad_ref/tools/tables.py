@@ -89,7 +89,7 @@ def _text(value, percent: bool) -> str:
     if percent:
         return f"{100 * value:.1f}"
     if isinstance(value, float):
-        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.3g}"
+        return f"{value:.0f}" if value.is_integer() or abs(value) >= 100 else f"{value:.3g}"
     return str(value)
 
 
