@@ -116,12 +116,12 @@ def test_the_codec_of_the_paper_is_that_of_stable_diffusion():
 
 def walk(call) -> list[str]:
     """The rooms of the flat part that a call enters, in the order of the first visit."""
-    entered = []
+    entered, files = [], {str(path): path.stem for path in PACKAGE.glob("*.py")}
 
     def look(frame, event, argument):
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and path.parent == PACKAGE and path.stem not in entered:
-            entered.append(path.stem)
+        room = files.get(frame.f_code.co_filename)
+        if event == "call" and room and room not in entered:
+            entered.append(room)
 
     sys.setprofile(look)
     try:

@@ -71,7 +71,7 @@ def test_columns_in_per_cent_are_those_that_are_named():
         (3.0, "3"),
         (np.int64(3), "3"),
         (np.float64(0.000123456), "0.000123"),
-        (1234.5, "1.23e+03"),
+        (1234.5, "1234"),
         (-0.0, "-0"),
         (None, ""),
         (nan, ""),
