@@ -96,7 +96,7 @@ def drawing(house: dict[str, Room]) -> str:
             f'<text class="lines" x="{middle:.0f}" y="{y + 36:.0f}">{room.lines} lines</text>'
         )
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" style="min-width:{width * 0.8:.0f}px" '
+        f'<svg viewBox="0 0 {width} {height}" role="img" style="min-width:{width * 0.7:.0f}px" '
         'aria-label="The rooms of the package, floor by floor, and what each imports">'
         + "".join([*arrows, *boxes])
         + "</svg>"
