@@ -163,6 +163,21 @@ def test_samples_of_its_own_folder_train_it(method, mvtec_root):
     assert loss.ndim == 0 and loss.isfinite()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_depends_on_its_generator_and_not_on_the_global_seed(method):
+    detector, losses = build(method).eval(), []  # dropout is the one thing that may
+    batch = {
+        "image": images(),
+        "texture": torch.tensor([True, False]),
+        "category_index": torch.zeros(2, dtype=torch.long),
+    }
+    for seed, global_seed in ((0, 0), (0, 1), (1, 1)):
+        torch.manual_seed(global_seed)
+        generator = torch.Generator().manual_seed(seed)
+        losses.append(detector.training_loss(batch, generator)["loss"].item())
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_loss_without_a_generator_follows_the_global_seed():
     detector, losses = build("DiffusionAD"), []
     batch = {"image": images(), "texture": torch.tensor([True, False])}
