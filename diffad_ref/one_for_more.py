@@ -156,15 +156,18 @@ def learns(name: str, parameter: nn.Parameter) -> bool:
 
 def paste(images: Tensor, settings: Pasting, generator: torch.Generator) -> Tensor:
     """Paste blended patches into some images (B, 3, H, H), in [0, 1], of a batch."""
-    b, draw = len(images), Draw(generator, images.device)
-    sources = pasted = images
+    b, draw, pasted = len(images), Draw(generator, images.device), images.clone()
+    source = everyone = torch.arange(b, device=images.device)
     if settings.from_others and b > 1:
-        sources = images[(torch.arange(b, device=images.device) + draw.integers(1, b, b)) % b]
-    more = draw.uniform(settings.most, b, 1, 1, 1) < 0.5
-    more[:1] = draw.uniform(b, 1, 1, 1) < settings.share
-    for gets in more.cumprod(0).bool():  # all are computed: a card would wait to be asked for these
-        drawn = paste_patch(pasted, sources, settings, draw)
-        pasted = torch.where(gets, (drawn * 255).round() / 255, pasted)
+        source = (everyone + draw.integers(1, b, b)) % b
+    more = draw.uniform(settings.most, b) < 0.5
+    more[:1] = draw.uniform(b) < settings.share
+    for gets in more.cumprod(0).bool():
+        # A card would wait to be asked which these are; it is sooner done with everyone.
+        some = everyone[gets] if images.device.type == "cpu" else everyone
+        drawn = paste_patch(pasted[some], images[source[some]], settings, draw)
+        drawn = (drawn * 255).round() / 255
+        pasted[some] = torch.where(gets[some, None, None, None], drawn, pasted[some])
     return pasted
 
 
