@@ -52,25 +52,23 @@ def _lattice_weights(cells: Tensor, length: int, points: int, like: Tensor):
 
 
 def perlin_masks(
-    count, size, generator, device="cpu", max_exponent=5, threshold=0.5, foreground=None, attempts=9
+    count, size, generator, device="cpu", max_exponent=5, threshold=0.5, foreground=None, attempts=6
 ) -> Tensor:
     """Irregular masks (count, 1, size, size) in {0, 1}, none of them empty (M of D12).
 
     Perlin noise with 2^k cells per axis, k ~ U{0..max_exponent}, turned by U(-90°, 90°) and cut at
     `threshold`. What lies outside the foreground (count, 1, size, size) is removed; a soft one
-    makes soft masks, as in the released code. Empty masks are drawn again, up to so many
-    `attempts`; a stubborn one (a tiny foreground, say) becomes its whole foreground.
+    makes soft masks, as in the released code. One draw in 20 is empty, one in 3 if a tenth of the
+    image is foreground. A mask that is empty after all `attempts` becomes its whole foreground.
     """
-    draw = Draw(generator, device)
-    ground = torch.ones(count, 1, size, size, device=device)
-    if foreground is not None:
-        ground = _where(_empty(foreground), ground, foreground)
+    draw, whole = Draw(generator, device), torch.ones(count, 1, size, size, device=device)
+    ground = whole if foreground is None else _where(_empty(foreground), whole, foreground)
     masks = torch.zeros_like(ground)
     for _ in range(attempts):
         drawn = _draw_masks(count, size, draw, max_exponent, threshold) * ground
         masks = _where(_empty(masks), drawn, masks)
         if masks.device.type == "cpu" and not _empty(masks).any():
-            break  # a card would stand still to be asked, longer than for another draw
+            break  # to ask a card costs more than to draw again
     return _where(_empty(masks), ground, masks)
 
 
@@ -91,7 +89,7 @@ def _draw_masks(count: int, size: int, draw: Draw, max_exponent: int, threshold:
 
 def _turned(images: Tensor, degrees: Tensor, mode: str = "nearest") -> Tensor:
     """Square images (B, C, H, H), turned counter-clockwise by (B, 1, 1, 1); 0 comes in."""
-    angle = degrees.flatten() * (math.pi / 180)
+    angle = degrees.flatten().deg2rad()
     c, s, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     affine = torch.stack([c, -s, zero, s, c, zero], 1).view(-1, 2, 3)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
@@ -190,14 +188,10 @@ def _check_divides(parts: int, height: int, width: int) -> None:
 
 
 def augment(images: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
-    """Change each image (B, 3, H, H), in [0, 1], in `count` of ten ways, on 8-bit levels.
-
-    Every image is changed in every way, and keeps what was drawn for it: a card does that sooner
-    than it tells which images were drawn.
-    """
+    """Change each image (B, 3, H, H), in [0, 1], in `count` of ten ways, on 8-bit levels."""
     b, draw = len(images), Draw(generator, images.device)
     chosen, levels = draw.orders(b, len(WAYS)) < count, (images * 255).round()
-    for i, (change, *ranges) in enumerate(WAYS):
+    for i, (change, *ranges) in enumerate(WAYS):  # of all images: which, a card must be asked
         strengths = [draw.uniform(b, 1, 1, 1, low=low, high=high) for low, high in ranges]
         levels = _where(chosen[:, i], change(levels, *strengths).clamp_(0, 255).round_(), levels)
     return levels / 255
@@ -245,8 +239,7 @@ WAYS = (
     (_recoloured, (-0.3, 0.3), (0.5, 1.5)),
     (lambda x, threshold: torch.where(x < threshold, x, 255 - x), (32, 128)),  # solarize
     (lambda x, bits: x - x % 2 ** (8 - bits.floor()), (2, 6)),  # posterize
-    (_turned, (-45, 45)),
-    *((lambda x: 255 - x,), (_stretched,), (_equalized,)),
+    *((_turned, (-45, 45)), (lambda x: 255 - x,), (_stretched,), (_equalized,)),
 )
 
 

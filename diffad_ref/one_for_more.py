@@ -177,7 +177,7 @@ def paste_patch(images: Tensor, sources: Tensor, settings: Pasting, draw: Draw) 
     (low, high), (smallest, largest) = settings.size, settings.scale
     half = (side * draw.uniform(*shape, low=low, high=high)).long().clamp(2, side // 2 - 2)
     size = (2 * half * draw.uniform(*shape, low=smallest, high=largest)).long()
-    size = size.clamp(6, side - 4)  # less is nothing to blend; more has no ground around it
+    size = size.clamp(6, side - 4)  # less is hardly seen; more has no ground around it
     start = (draw.uniform(*shape) * (side - 2 * half)).long()
     corner = 1 + (draw.uniform(*shape) * (side - 1 - size)).long()
     place = torch.arange(side, device=images.device) - corner  # (B, 2, H)
