@@ -52,37 +52,29 @@ def _lattice_weights(cells: Tensor, length: int, points: int, like: Tensor):
 
 
 def perlin_masks(
-    count,
-    size,
-    generator,
-    device="cpu",
-    max_exponent=5,
-    threshold=0.5,
-    foreground=None,
-    attempts=20,
+    count, size, generator, device="cpu", max_exponent=5, threshold=0.5, foreground=None, attempts=6
 ) -> Tensor:
     """Irregular masks (count, 1, size, size) in {0, 1}, none of them empty (M of D12).
 
     Perlin noise with 2^k cells per axis, k ~ U{0..max_exponent}, turned by U(-90°, 90°) and cut at
     `threshold`. What lies outside the foreground (count, 1, size, size) is removed; a soft one
-    makes soft masks, as in the released code. Empty masks are drawn again, up to so many
-    `attempts`; a stubborn one (a tiny foreground, say) becomes its whole foreground.
+    makes soft masks, as in the released code. One draw in 20 is empty, one in 3 if a tenth of the
+    image is foreground. A mask that is empty after all `attempts` becomes its whole foreground.
     """
-    draw = Draw(generator, device)
-    masks = torch.zeros(count, 1, size, size, device=device)
-    todo = torch.arange(count, device=device)
+    draw, whole = Draw(generator, device), torch.ones(count, 1, size, size, device=device)
+    ground = whole if foreground is None else _where(_empty(foreground), whole, foreground)
+    masks = torch.zeros_like(ground)
     for _ in range(attempts):
-        drawn = _draw_masks(len(todo), size, draw, max_exponent, threshold)
-        if foreground is not None:
-            drawn = drawn * foreground[todo]
-        masks[todo] = drawn
-        todo = todo[drawn.flatten(1).amax(1) == 0]
-        if len(todo) == 0:
-            return masks
-    whole = torch.ones_like(masks[todo])
-    product = whole if foreground is None else foreground[todo]
-    masks[todo] = _where(product.flatten(1).amax(1) > 0, product, whole)
-    return masks
+        drawn = _draw_masks(count, size, draw, max_exponent, threshold) * ground
+        masks = _where(_empty(masks), drawn, masks)
+        if masks.device.type == "cpu" and not _empty(masks).any():
+            break  # to ask a card costs more than to draw again
+    return _where(_empty(masks), ground, masks)
+
+
+def _empty(masks: Tensor) -> Tensor:
+    """Which masks (B, 1, H, W) mark nothing."""
+    return masks.flatten(1).amax(1) == 0
 
 
 def _draw_masks(count: int, size: int, draw: Draw, max_exponent: int, threshold: float) -> Tensor:
@@ -91,12 +83,17 @@ def _draw_masks(count: int, size: int, draw: Draw, max_exponent: int, threshold:
     points = 2**max_exponent + 1
     angles = draw.uniform(count, points, points, high=2 * math.pi)
     noise = perlin_noise(angles, cells, size, size)
-    turn = draw.uniform(count, low=-math.pi / 2, high=math.pi / 2)
-    c, s, zero = turn.cos(), turn.sin(), torch.zeros_like(turn)
+    turn = draw.uniform(count, 1, 1, 1, low=-90, high=90)
+    return (_turned(noise[:, None], turn, "bilinear") > threshold).float()
+
+
+def _turned(images: Tensor, degrees: Tensor, mode: str = "nearest") -> Tensor:
+    """Square images (B, C, H, H), turned counter-clockwise by (B, 1, 1, 1); 0 comes in."""
+    angle = degrees.flatten().deg2rad()
+    c, s, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     affine = torch.stack([c, -s, zero, s, c, zero], 1).view(-1, 2, 3)
-    grid = F.affine_grid(affine, [count, 1, size, size], align_corners=False)
-    turned = F.grid_sample(noise[:, None], grid, align_corners=False)  # zero outside
-    return (turned > threshold).float()
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode, align_corners=False)
 
 
 # Photographs in scikit-image, without those that the toy factory sells: brick, grass, gravel.
@@ -170,13 +167,13 @@ def shuffle_strips(
     _check_divides(strips, *images.shape[-2:])
     half = strips // 2
     if draws is None:
-        draw = Draw(generator)
+        draw = Draw(generator, images.device)
         draws = [draw.orders(1, n)[0] for n in (half, half, strips, half, half)]
     evens, odds, rows, evens_again, odds_again = draws
-    number = torch.arange(strips)
-    columns = torch.cat([number[0::2][evens], number[1::2][odds]]).to(images.device)
+    number = torch.arange(strips, device=images.device)
+    columns = torch.cat([number[0::2][evens], number[1::2][odds]])
     rows = torch.cat([number[rows][0::2][evens_again], number[rows][1::2][odds_again]])
-    return _reorder(_reorder(images, columns, -1), rows.to(images.device), -2)
+    return _reorder(_reorder(images, columns, -1), rows, -2)
 
 
 def _reorder(images: Tensor, order: Tensor, dim: int) -> Tensor:
@@ -191,31 +188,59 @@ def _check_divides(parts: int, height: int, width: int) -> None:
 
 
 def augment(images: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
-    """Apply `count` of ten augmentations, of one strength a batch, to images (B, 3, H, W)."""
-    from torchvision.transforms.v2 import functional as vision
+    """Change each image (B, 3, H, H), in [0, 1], in `count` of ten ways, on 8-bit levels."""
+    b, draw = len(images), Draw(generator, images.device)
+    chosen, levels = draw.orders(b, len(WAYS)) < count, (images * 255).round()
+    for i, (change, *ranges) in enumerate(WAYS):  # of all images: which, a card must be asked
+        strengths = [draw.uniform(b, 1, 1, 1, low=low, high=high) for low, high in ranges]
+        levels = _where(chosen[:, i], change(levels, *strengths).clamp_(0, 255).round_(), levels)
+    return levels / 255
 
-    draw = Draw(generator)
 
-    def some(low: float, high: float) -> float:
-        return draw.uniform(low=low, high=high).item()
+def _sharpened(x: Tensor, strength: Tensor) -> Tensor:
+    """Add to what deviates from a 3 x 3 mean, whose middle counts five times; 1 adds nothing."""
+    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
+    around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    detail = (9 * x[..., 1:-1, 1:-1] - around) / 13
+    return x + (strength - 1) * F.pad(detail, [1] * 4)
 
-    ways = (
-        lambda x: vision.adjust_gamma(x, some(0.5, 2.0)),
-        lambda x: vision.adjust_brightness(x, some(0.8, 1.2)),
-        lambda x: vision.adjust_sharpness(x, some(0.2, 3.0)),
-        lambda x: vision.adjust_saturation(vision.adjust_hue(x, some(-0.3, 0.3)), some(0.5, 1.5)),
-        lambda x: vision.solarize(x, some(32, 128)),
-        lambda x: vision.posterize(x, int(some(2, 6))),
-        lambda x: vision.rotate(x, some(-45, 45)),
-        *(vision.invert, vision.autocontrast, vision.equalize),
-    )
-    chosen = draw.orders(len(images), len(ways))[:, :count]
-    out = (images * 255).round().to(torch.uint8)
-    for i, change in enumerate(ways):
-        mine = (chosen == i).any(1).nonzero().flatten().to(images.device)
-        if len(mine):
-            out[mine] = change(out[mine])
-    return out.float() / 255
+
+def _recoloured(x: Tensor, turn: Tensor, saturation: Tensor) -> Tensor:
+    """Turn the hue, by a share of HSV's circle, then multiply the distance from grey."""
+    (red, green, blue), high = x.split(1, 1), x.amax(1, keepdim=True)
+    span = high - x.amin(1, keepdim=True)
+    beside = torch.where(high == green, 2 * span + blue - red, 4 * span + red - green)
+    hue = torch.where(high == red, green - blue, beside) / span.clamp(min=1) + 6 * turn
+    place = (hue + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
+    x = high - span * torch.minimum(place, 4 - place).clamp(0, 1)
+    red, green, blue = x.split(1, 1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    return grey + saturation * (x - grey)
+
+
+def _stretched(x: Tensor) -> Tensor:
+    """Make the darkest level of each channel 0 and the lightest 255, unless they are one."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (x - low) * 255 / (high - low).clamp(min=1), x)
+
+
+def _equalized(x: Tensor) -> Tensor:
+    """Make the levels of each channel equally frequent."""
+    from torchvision.transforms.v2.functional import equalize
+
+    return equalize(x.to(torch.uint8)).float()
+
+
+# Of levels (B, 3, H, H), whole numbers from 0 to 255, and strengths (B, 1, 1, 1) in their ranges.
+WAYS = (
+    (lambda x, gamma: 255 * (x / 255) ** gamma, (0.5, 2.0)),
+    (lambda x, brightness: brightness * x, (0.8, 1.2)),
+    (_sharpened, (0.2, 3.0)),
+    (_recoloured, (-0.3, 0.3), (0.5, 1.5)),
+    (lambda x, threshold: torch.where(x < threshold, x, 255 - x), (32, 128)),  # solarize
+    (lambda x, bits: x - x % 2 ** (8 - bits.floor()), (2, 6)),  # posterize
+    *((_turned, (-45, 45)), (lambda x: 255 - x,), (_stretched,), (_equalized,)),
+)
 
 
 @dataclass(frozen=True)

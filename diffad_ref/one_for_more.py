@@ -12,8 +12,6 @@ arXiv 2502.19848. Formulas O1-O4.
 import math
 from dataclasses import dataclass, replace
 
-import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,34 +161,60 @@ def learns(name: str, parameter: nn.Parameter) -> bool:
 
 
 def paste(images: Tensor, settings: Pasting, generator: torch.Generator) -> Tensor:
-    """Paste blended patches into some images (B, 3, H, W), in [0, 1], of a batch."""
-    rng = np.random.default_rng(Draw(generator).integers(0, 2**62).item())
-    pixels = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    count, changed = len(pixels), images.clone()
-    for i in np.flatnonzero(rng.random(count) < settings.share):  # one equation a patch, on the CPU
-        apart = rng.integers(1, count) if settings.from_others and count > 1 else 0
-        source, result = pixels[(i + apart) % count], pixels[i]
-        for number in range(settings.most):
-            if number and rng.random() < 0.5:
-                break
-            result = paste_patch(result, source, settings, rng)
-        changed[i] = torch.from_numpy(result).permute(2, 0, 1) / 255
-    return changed
+    """Paste blended patches into some images (B, 3, H, H), in [0, 1], of a batch."""
+    b, draw, pasted = len(images), Draw(generator, images.device), images.clone()
+    source = everyone = torch.arange(b, device=images.device)
+    if settings.from_others and b > 1:
+        source = (everyone + draw.integers(1, b, b)) % b
+    more = draw.uniform(settings.most, b) < 0.5
+    more[:1] = draw.uniform(b) < settings.share
+    for gets in more.cumprod(0).bool():
+        # A card would wait to be asked which these are; it is sooner done with everyone.
+        some = everyone[gets] if images.device.type == "cpu" else everyone
+        drawn = paste_patch(pasted[some], images[source[some]], settings, draw)
+        drawn = (drawn * 255).round() / 255
+        pasted[some] = torch.where(gets[some, None, None, None], drawn, pasted[some])
+    return pasted
 
 
-def paste_patch(image: np.ndarray, source: np.ndarray, settings: Pasting, rng) -> np.ndarray:
-    """Cut a rectangle from the source, resize it, blend it in elsewhere; uint8 (H, W, 3)."""
-    side = np.array(image.shape[:2])
-    half = np.clip(rng.uniform(*settings.size, 2) * side, 2, side // 2 - 2).astype(int)
-    top, left = rng.integers(half, side - half) - half
-    patch = source[top : top + 2 * half[0], left : left + 2 * half[1]]
-    new = (2 * half * rng.uniform(*settings.scale)).astype(int)
-    new = np.clip(new, 6, side - 4)  # less is nothing to blend; more has no ground around it
-    patch = cv2.resize(patch, (int(new[1]), int(new[0])))
-    reach = (new + 1) // 2 + 1
-    y, x = rng.integers(reach, side - reach + 1)
-    inside = np.full(patch.shape[:2], 255, np.uint8)
-    return cv2.seamlessClone(patch, image, inside, (int(x), int(y)), cv2.NORMAL_CLONE)
+def paste_patch(images: Tensor, sources: Tensor, settings: Pasting, draw: Draw) -> Tensor:
+    """Cut a rectangle from each source, resize it, blend it in elsewhere; all (B, 3, H, H)."""
+    side, shape = images.shape[-1], (len(images), 2, 1)  # rows and columns
+    (low, high), (smallest, largest) = settings.size, settings.scale
+    half = (side * draw.uniform(*shape, low=low, high=high)).long().clamp(2, side // 2 - 2)
+    size = (2 * half * draw.uniform(*shape, low=smallest, high=largest)).long()
+    size = size.clamp(6, side - 4)  # less is hardly seen; more has no ground around it
+    start = (draw.uniform(*shape) * (side - 2 * half)).long()
+    corner = 1 + (draw.uniform(*shape) * (side - 1 - size)).long()
+    place = torch.arange(side, device=images.device) - corner  # (B, 2, H)
+    origin = torch.minimum(((place + 0.5) * (2 * half / size)).clamp(min=0.5), 2 * half - 0.5)
+    y, x = (2 * (start + origin) / side - 1).unbind(1)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), -1)
+    return poisson(images, F.grid_sample(sources, grid, align_corners=False), corner, size)
+
+
+def poisson(images: Tensor, patches: Tensor, corner: Tensor, size: Tensor) -> Tensor:
+    """Blend a rectangle of patches into images, all (B, 3, H, H) in [0, 1].
+
+    Inside the rectangle, `size` (B, 2, 1) pixels from its `corner` (B, 2, 1), the result has the
+    Laplacian of the patch; its outermost pixels, none at an edge, stay those of the image. So
+    patch and result differ by a membrane, held along the border where image and patch differ. It
+    is a sum of sine waves, each as high as it is pulled, and less the more it curves.
+    """
+    place = torch.arange(images.shape[-1], device=size.device) - corner  # (B, 2, H)
+    last = size - 1  # where the border is, besides 0
+    rows, columns = ((place > 0) & (place < last)).split(1, 1)
+    inside = rows[..., None] & columns[..., None, :]  # (B, 1, H, H), for pixels and for waves
+    turns = place[..., None] * place[..., None, :] % (2 * last[..., None])  # halves, exact
+    sines = (2 / last[..., None]).sqrt() * (math.pi / last[..., None] * turns).sin()
+    rows, columns = sines.split(1, 1)  # (B, 1, H, H), each its own inverse
+    high, wide = (2 - 2 * (math.pi / last * place).cos()).split(1, 1)
+
+    gap = torch.where(inside, 0, images - patches)
+    pull = sum(gap.roll(step, axis) for step in (-1, 1) for axis in (2, 3)) * inside
+    waves = rows @ pull @ columns / (high[..., None] + wide[..., None, :])
+    membrane = rows @ torch.where(inside, waves, 0) @ columns
+    return torch.where(inside, patches + membrane, images).clamp(0, 1)
 
 
 # -------------------------------------------------------------------------------------- detector
@@ -251,7 +275,7 @@ class OneForMore(Detector):
         """Scalars "loss", "noise" and "masked" for a batch of normal images (O1)."""
         x, draw = batch["image"], Draw(generator, batch["image"].device)
         with torch.no_grad():
-            with torch.autocast(x.device.type, enabled=False):
+            with torch.autocast(x.device.type, enabled=False):  # bf16 would blend grey levels away
                 x_tilde = paste(x, self.config.pasting, generator)
             z_0 = self.codec.sample(x, generator)
             eps = draw.normal(*z_0.shape)

@@ -1,14 +1,16 @@
 """Patches that One-for-More pastes: which images change, where, and what the generator decides."""
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
+from scipy.sparse.linalg import spsolve
 
 from diffad_ref import one_for_more
-from diffad_ref.one_for_more import Pasting, paste, paste_patch
+from diffad_ref.diffusion import Draw
+from diffad_ref.one_for_more import Pasting, paste, paste_patch, poisson
 
 ALWAYS = Pasting(share=1.0)
 
@@ -59,19 +61,10 @@ def test_about_half_of_the_images_change_by_default():
 
 
 def count_patches(monkeypatch, settings, images=300):
-    """How many patches each of many images gets; an image is known by its colour."""
-    counts = Counter()
-
-    def one(image, source, settings, rng):
-        counts[tuple(image[0, 0])] += 1
-        return image
-
-    monkeypatch.setattr(one_for_more, "paste_patch", one)
-    number = torch.arange(images)
-    colours = torch.stack([number // 256, number % 256, 0 * number], 1) / 255
-    paste(colours[..., None, None].expand(-1, 3, 16, 16), settings, seeded())
-    assert len(counts) == images
-    return np.array(list(counts.values()))
+    """How many patches each of many black images gets; a patch makes it a grey level lighter."""
+    monkeypatch.setattr(one_for_more, "paste_patch", lambda x, *_: x + 1 / 255)
+    black = torch.zeros(images, 3, 16, 16)
+    return (255 * paste(black, settings, seeded())[:, 0, 0, 0]).round().int().numpy()
 
 
 def test_each_patch_but_the_first_comes_with_probability_one_half(monkeypatch):
@@ -88,38 +81,66 @@ def test_no_image_gets_more_patches_than_the_most(monkeypatch):
 # ------------------------------------------------------------------------------------ where, what
 
 
+def rectangles(monkeypatch):
+    """A list that fills with the corners and sizes, (B, 2), of all patches."""
+    places = []
+
+    def seen(images, patches, corner, size):
+        places.append((corner[..., 0], size[..., 0]))
+        return poisson(images, patches, corner, size)
+
+    monkeypatch.setattr(one_for_more, "poisson", seen)
+    return places
+
+
 def test_outside_of_its_patches_an_image_stays_up_to_eight_bits(monkeypatch):
-    """Where a patch was blended in is told by a blending that leaves a mark."""
-    images = pictures(4)
-    monkeypatch.setattr(one_for_more.cv2, "seamlessClone", marked)
+    images, places = pictures(8), rectangles(monkeypatch)
     changed = paste(images, replace(ALWAYS, most=1), seeded())
-    moved = changes(changed, images) > 0
-    assert moved.flatten(1).any(1).all() and not moved.flatten(1).all(1).any()
-    assert (changed - images).abs().amax(1)[~moved].max() <= 0.5 / 255 + 1e-6
-
-
-def marked(patch, image, inside, centre, kind):
-    """Puts a patch in its place as it is, twenty grey levels lighter or darker."""
-    (x, y), (height, width), result = centre, patch.shape[:2], image.copy()
-    place = result[y - height // 2 :, x - width // 2 :][:height, :width]
-    assert place.shape == patch.shape  # no patch hangs over the edge
-    place += np.where(place < 128, 20, -20).astype(np.uint8)
-    return result
+    ((corner, size),) = places
+    for old, new, (y, x), (height, width) in zip(images, changed, corner, size, strict=True):
+        inside = torch.zeros(32, 32, dtype=torch.bool)
+        inside[y + 1 : y + height - 1, x + 1 : x + width - 1] = True
+        gap = (new - old).abs().amax(0)
+        assert gap[~inside].max() <= 0.5 / 255 + 1e-6
+        assert gap[inside].max() > 1 / 255
 
 
 @pytest.mark.parametrize("size", [16, 32, 33, 64])
 def test_patches_have_the_size_that_the_settings_allow_and_lie_inside(monkeypatch, size):
     """Half-widths of 3 to 40 per cent, scaled by 0.7 to 1.3, with ground all around."""
-    sides = []
-
-    def see(patch, image, inside, centre, kind):
-        sides.extend(patch.shape[:2])
-        return marked(patch, image, inside, centre, kind)
-
-    monkeypatch.setattr(one_for_more.cv2, "seamlessClone", see)
+    places = rectangles(monkeypatch)
     paste(pictures(100, size), ALWAYS, seeded())
-    assert min(sides) >= 6 and max(sides) <= min(size - 4, 1.3 * 0.8 * size)
-    assert max(sides) > 0.7 * size and min(sides) <= max(6, 0.15 * size)
+    corner, sides = (torch.cat(parts) for parts in zip(*places, strict=True))
+    assert corner.min() == 1 and (corner + sides).max() == size - 1
+    assert sides.min() >= 6 and sides.max() <= min(size - 4, 1.3 * 0.8 * size)
+    assert sides.max() > 0.7 * size and sides.min() <= max(6, 0.15 * size)
+
+
+def test_patch_that_keeps_its_size_comes_pixel_by_pixel_from_its_source(monkeypatch):
+    monkeypatch.setattr(one_for_more, "poisson", lambda images, patches, *place: (patches, *place))
+    row = torch.arange(32.0).expand(2, 1, 32, 32)
+    source = torch.cat([row, row.mT, 0 * row], 1)  # each pixel knows its place
+    settings = replace(ALWAYS, scale=(1.0, 1.0), size=(0.2, 0.3))
+    patches, corner, size = paste_patch(source, source, settings, Draw(seeded()))
+    for patch, (y, x), (height, width) in zip(patches, corner, size, strict=True):
+        columns, rows, _ = patch[:, y : y + height, x : x + width]
+        assert torch.allclose(columns.diff(dim=1), torch.ones(height, width - 1), atol=1e-4)
+        assert torch.allclose(rows.diff(dim=0), torch.ones(height - 1, width), atol=1e-4)
+        assert torch.allclose(columns, columns.round(), atol=1e-4)
+        assert columns.min() > -1e-4 and columns.max() < 31 + 1e-4
+
+
+def test_enlarged_patch_shows_its_whole_rectangle_and_nothing_beside_it(monkeypatch):
+    monkeypatch.setattr(one_for_more, "poisson", lambda images, patches, *place: (patches, *place))
+    row = torch.arange(64.0).expand(20, 3, 64, 64)
+    settings = replace(ALWAYS, scale=(1.25, 1.25), size=(0.125, 0.125))  # 16 pixels become 20
+    patches, corner, size = paste_patch(row, row, settings, Draw(seeded()))
+    assert (size == 20).all()
+    for patch, (y, x) in zip(patches, corner[..., 0], strict=True):
+        line = patch[0, y, x : x + 20]
+        assert line[0] == pytest.approx(line[0].round().item(), abs=1e-4)  # the edge repeats itself
+        assert line[19] - line[0] == pytest.approx(15, abs=1e-4)
+        assert torch.allclose(line[1:-1].diff(), torch.full((17,), 16 / 20), atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -146,16 +167,12 @@ def test_values_stay_between_black_and_white():
 
 def sources(monkeypatch, settings, count):
     """Pairs (image, source) of a batch in which every image is of another grey."""
-    pairs = []
-
-    def see(image, source, settings, rng):
-        pairs.append((image[0, 0, 0].item(), source[0, 0, 0].item()))
-        return image
-
-    monkeypatch.setattr(one_for_more, "paste_patch", see)
-    greys = torch.arange(count) * 20 / 255
+    monkeypatch.setattr(one_for_more, "paste_patch", lambda x, source, *_: source)
+    greys, pairs = torch.arange(count) * 20, []
     for seed in range(20):
-        paste(greys.view(-1, 1, 1, 1).expand(-1, 3, 16, 16), settings, seeded(seed))
+        flat = (greys / 255).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+        found = 255 * paste(flat, settings, seeded(seed))[:, 0, 0, 0]
+        pairs += zip(greys.tolist(), found.round().int().tolist(), strict=True)
     return pairs
 
 
@@ -182,12 +199,64 @@ def test_a_batch_of_one_gets_patches_too():
 
 
 def test_one_patch_changes_one_place_and_leaves_its_arguments_alone():
-    image, source = (255 * pictures(2, 64)).byte().permute(0, 2, 3, 1).numpy().copy()
-    before = image.copy(), source.copy()
-    found = paste_patch(image, source, ALWAYS, np.random.default_rng(0))
-    assert found.dtype == np.uint8 and found.shape == image.shape
-    assert 0 < np.mean((found != image).any(-1)) < 0.8
-    assert np.array_equal(image, before[0]) and np.array_equal(source, before[1])
+    image, source = pictures(2, 64).split(1)
+    before = image.clone(), source.clone()
+    found = paste_patch(image, source, ALWAYS, Draw(seeded()))
+    assert found.shape == image.shape
+    assert 0 < (found != image).any(1).float().mean() < 0.9
+    assert torch.equal(image, before[0]) and torch.equal(source, before[1])
+
+
+# ---------------------------------------------------------------------------------------- blending
+
+
+def laplacian(x):
+    """Of everything but the outermost pixels: neighbours less four times the middle."""
+    beside = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+    return beside - 4 * x[..., 1:-1, 1:-1]
+
+
+def solved(image, patch):
+    """Poisson's equation (H, W) by elimination: the patch's Laplacian, the image at the border."""
+    height, width = (n - 2 for n in image.shape)
+    rows, columns = (sparse.diags([-1.0, 2.0, -1.0], [-1, 0, 1], (n, n)) for n in (height, width))
+    border = image.double().clone()
+    border[1:-1, 1:-1] = 0
+    right = laplacian(border) - laplacian(patch.double())
+    inner = spsolve(sparse.kronsum(columns, rows, "csc"), right.flatten().numpy())
+    border[1:-1, 1:-1] = torch.from_numpy(inner).view(height, width)
+    return border
+
+
+def test_a_batch_of_rectangles_is_what_a_sparse_solver_finds_for_each():
+    images, patches = 0.2 + 0.1 * pictures(6, 40), 0.5 + 0.1 * pictures(6, 40, seed=1)
+    size = torch.tensor([[6, 6], [36, 36], [38, 7], [9, 38], [21, 30], [17, 16]])
+    corner = torch.tensor([[1, 33], [3, 1], [1, 20], [30, 1], [10, 5], [22, 23]])
+    found = poisson(images, patches, corner[..., None], size[..., None])
+    for i, ((y, x), (height, width)) in enumerate(zip(corner.tolist(), size.tolist(), strict=True)):
+        expected, place = images[i].double(), np.s_[y : y + height, x : x + width]
+        for channel in range(3):
+            expected[channel][place] = solved(images[i, channel][place], patches[i, channel][place])
+        assert torch.allclose(found[i].double(), expected, atol=1e-5)
+
+
+def test_a_patch_as_smooth_as_a_ramp_lets_any_ramp_through():
+    ramp = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
+    corner, size = torch.tensor([[[3], [5]]]), torch.tensor([[[20], [15]]])
+    assert torch.allclose(poisson(ramp, 1 - ramp.mT, corner, size), ramp, atol=1e-5)
+
+
+def test_opencv_takes_one_pixel_less_on_each_side_and_the_images_gradients_along_the_border():
+    """It blends in the same way, in the rectangle that its mask leaves: four pixels further in."""
+    cv2 = pytest.importorskip("cv2")
+    image, source = (255 * (0.3 + 0.4 * pictures(2, 64))).round().byte().permute(0, 2, 3, 1).numpy()
+    patch, inside = source[20:50, 10:50].copy(), np.full((30, 40), 255, np.uint8)
+    cloned = cv2.seamlessClone(patch, image, inside, (30, 35), cv2.NORMAL_CLONE)
+    changed = np.argwhere((cloned != image).any(-1))
+    assert changed.min(0).tolist() == [22, 12] and changed.max(0).tolist() == [47, 47]
+    theirs, ours = (torch.tensor(x).permute(2, 0, 1).float() for x in (cloned, source))
+    difference = laplacian(theirs) - laplacian(ours)  # of numbers that are rounded
+    assert difference[:, 25:44, 15:44].abs().mean() < 2
 
 
 # --------------------------------------------------------------------------------------- the chance
