@@ -139,7 +139,11 @@ def fake_card(bf16: bool = True):
     for room in (training, evaluation, continual):
         stack.enter_context(patch.object(room, "seeded", lambda *_: torch.Generator()))
     stack.enter_context(patch.object(data, "ThreadPoolExecutor", Alone))
-    kept = maps._blur, maps._zoom, anomalies._built_in  # what they keep is real here, and fake there
+    kept = (
+        maps._blur,
+        maps._zoom,
+        anomalies._built_in,
+    )  # what they keep is real here, and fake there
     for function in kept:
         function.cache_clear()
     with stack, FakeTensorMode(allow_non_fake_inputs=False), card:
