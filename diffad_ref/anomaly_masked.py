@@ -25,7 +25,7 @@ def neighbour_mask(height: int, width: int, window: tuple[int, int] = (7, 7)) ->
     near_columns = (columns[:, None] - columns).abs() <= window[1] // 2
     near = near_rows[:, None, :, None] & near_columns[None, :, None, :]
     near = near.reshape(height * width, height * width)
-    if near.all(1).any():
+    if height // 2 <= window[0] // 2 and width // 2 <= window[1] // 2:
         raise ValueError(f"a window of {window} hides the whole grid of {height} x {width} places")
     return torch.zeros(near.shape).masked_fill(near, -math.inf)  # A1
 
@@ -76,6 +76,7 @@ class AnomalyMaskedNetwork(nn.Module):
     """Condition features (B, width, H/8, W/8) of an image (B, 3, H, W) (A1, A2).
 
     Eight convolutions lead to a transformer whose attention may not look at a window around it.
+    Positions and mask are made for the first grid of tokens that comes, and for each other one.
     """
 
     def __init__(
@@ -99,6 +100,15 @@ class AnomalyMaskedNetwork(nn.Module):
         self.encoder = nn.ModuleList(
             MaskedEncoderLayer(width, heads, feed_forward, dropout) for _ in range(layers)
         )
+        self.grid = (0, 0)
+        for name in ("positions", "mask"):
+            self.register_buffer(name, None, persistent=False)
+
+    def look_at(self, h: int, w: int) -> None:
+        """Make positions (hw, width) and mask (hw, hw) of a grid of tokens."""
+        weight = self.encoder[0].to_q.weight
+        self.grid, self.positions = (h, w), sine_positions(h, w, weight.shape[0]).to(weight)
+        self.mask = None if self.window is None else neighbour_mask(h, w, self.window).to(weight)
 
     def features(self, image: Tensor) -> Tensor:
         """What the convolutions see, before the transformer: CNN(x) of A3."""
@@ -109,10 +119,10 @@ class AnomalyMaskedNetwork(nn.Module):
         features = self.features(image)
         h, w = features.shape[-2:]
         tokens = features.flatten(2).transpose(1, 2)  # (B, hw, C)
-        positions = sine_positions(h, w, tokens.shape[-1]).to(tokens)
-        mask = None if self.window is None else neighbour_mask(h, w, self.window).to(tokens)
+        if self.grid != (h, w):
+            self.look_at(h, w)
         for layer in self.encoder:
-            tokens = layer(tokens, positions, mask)
+            tokens = layer(tokens, self.positions, self.mask)
         return tokens.transpose(1, 2).unflatten(2, (h, w))
 
 

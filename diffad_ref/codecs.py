@@ -42,6 +42,9 @@ class Codec(nn.Module):
     images in [-1, 1] is, and how to `decode` latents to images about in [-1, 1], not clamped.
     """
 
+    _ready = False  # once known here, the device is not asked again
+    borrowed = False  # whether it comes from elsewhere, and never learns
+
     def __init__(self, config: CodecConfig):
         super().__init__()
         self.config = config
@@ -104,7 +107,8 @@ class PatchPCA(Codec):
         self.register_buffer("spread", torch.ones(config.channels))
 
     def is_ready(self) -> bool:
-        return self.components.is_meta or bool(self.components.any())
+        self._ready = self._ready or self.components.is_meta or bool(self.components.any())
+        return self._ready
 
     @torch.no_grad()
     def prepare(self, dataset) -> None:
@@ -144,6 +148,8 @@ class PatchPCA(Codec):
 class KLCodec(Codec):
     """A variational autoencoder as latent diffusion uses it (diffusers' `AutoencoderKL`)."""
 
+    borrowed = True
+
     def __init__(self, config: CodecConfig):
         from diffusers import AutoencoderKL
 
@@ -163,7 +169,8 @@ class KLCodec(Codec):
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
 
     def is_ready(self) -> bool:
-        return self.ready.is_meta or bool(self.ready)
+        self._ready = self._ready or self.ready.is_meta or bool(self.ready)
+        return self._ready
 
     def prepare(self, dataset) -> None:
         """Load the published weights; ValueError if they are not what the config says."""

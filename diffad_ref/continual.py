@@ -17,14 +17,14 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from diffad_ref.checkpoints import load_weights, read_tensors, save, write_tensors, write_text
+from diffad_ref.checkpoints import read_tensors, save, write_tensors, write_text
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.detector import Detector
 from diffad_ref.diffusion import seeded
 from diffad_ref.evaluation import evaluate
 from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.metrics import METRICS
-from diffad_ref.training import fit, trained_weights
+from diffad_ref.training import fit, restore
 
 GAMMA = 0.9999  # share of an old task's energy that is protected
 ENERGY = 0.99999  # share of it that the running SVD keeps: more, or gamma could not be reached
@@ -36,7 +36,7 @@ PROTECTIONS = {
     "update": "project gradients and the optimiser's steps; freeze all else",
 }
 
-HARMLESS = ("save_every", "num_workers", "cpu")  # options of `fit` that may change in between
+HARMLESS = ("save_every", "num_workers", "device")  # options of `fit` that may change in between
 
 
 @dataclass
@@ -134,8 +134,8 @@ def fit_continual(
         AnomalyFolder(root, categories=ahead, cache=False)  # better missed now than hours later
     _same_run(Path(out) / "run.json", settings)
 
-    process = PartialState(cpu=options.get("cpu", False))
-    detector.to(process.device)  # bases lie beside the weights
+    process = PartialState(cpu=str(options.get("device")) == "cpu")
+    detector.to(options.get("device") or process.device)  # bases lie beside the weights
     detector.enter(detector.stages[-1])
     memory = GradientProjectionMemory(detector, gamma=gamma, energy=energy)
     for number, folder in enumerate(folders):
@@ -145,7 +145,7 @@ def fit_continual(
                 own |= {"rate": later_rate, "steps": later_steps or options.get("steps")}
             _learn(detector, memory, root, result.tasks[: number + 1], protection, every, own)
             process.wait_for_everyone()
-        load_weights(detector, trained_weights(folder), folder)
+        restore(detector, folder)
         detector.categories = tuple(sum(result.tasks[: number + 1], []))
         memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
         done = json.loads((folder / "result.json").read_text("utf-8"))

@@ -5,16 +5,21 @@ Whatever is odd about a file or a folder (bit depth, missing masks, no labels) i
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm.auto import tqdm
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 
@@ -138,6 +143,8 @@ class AnomalyFolder(Dataset):
     replaced by a longer list. What is missing is a FileNotFoundError, what is wrong a ValueError.
     """
 
+    raw = False  # whether pictures stay bytes: see `as_floats`
+
     def __init__(
         self,
         root: str | Path,
@@ -214,9 +221,8 @@ class AnomalyFolder(Dataset):
         parts = self._cache.get(record.path) or self._decode(record)
         if self.cache:
             self._cache[record.path] = parts
-        return {
-            **{name: part.float() for name, part in parts.items()},
-            "image": parts["image"].float() / 255,
+        sample = {
+            **parts,
             "label": record.label,
             "category": record.category,
             "category_index": self.categories.index(record.category),
@@ -224,6 +230,7 @@ class AnomalyFolder(Dataset):
             "kind": record.kind,
             "path": str(record.path),
         }
+        return sample if self.raw else as_floats(sample)
 
     def _decode(self, record: Record) -> dict[str, Tensor]:
         """The sample's pictures as bytes: image in 0..255, masks in {0, 1}."""
@@ -242,6 +249,66 @@ class AnomalyFolder(Dataset):
             parts = {name: part[rows, columns] for name, part in parts.items()}
         tensors = {name: torch.from_numpy(np.atleast_3d(part)) for name, part in parts.items()}
         return {name: part.permute(2, 0, 1).contiguous() for name, part in tensors.items()}
+
+
+def as_floats(sample: dict) -> dict:
+    """Pictures of a sample, or of a batch, from bytes to float32: images from 0 to 1, masks 0 or 1.
+
+    A quarter of the size travels to a GPU, and becomes numbers there.
+    """
+    bytes_ = {k: v for k, v in sample.items() if isinstance(v, Tensor) and v.dtype == torch.uint8}
+    return sample | {k: v.float() / (255 if k == "image" else 1) for k, v in bytes_.items()}
+
+
+def loading(device: torch.device, workers: int | None = None) -> dict:
+    """How a DataLoader loads for a device: by 4 processes for a GPU, by none for a CPU."""
+    gpu = device.type == "cuda"
+    workers = min(4, os.cpu_count() or 1) * gpu if workers is None else workers
+    return {"num_workers": workers, "pin_memory": gpu}
+
+
+class Feed:
+    """Batches of a data set where they are needed, so that no GPU waits for them.
+
+    A data set whose samples can be `raw`, and that fits into a quarter of the device's free memory,
+    lies there as a whole. Otherwise samples come from `workers` processes: see `loading`.
+    """
+
+    def __init__(self, dataset: Dataset, device: torch.device, workers=None, progress=False):
+        self.dataset, self.device, self.held = copy(dataset), device, None
+        self.settings = loading(device, workers)
+        if hasattr(dataset, "raw"):
+            self.dataset.raw = True
+            size = sum(v.nbytes for v in self.dataset[0].values() if isinstance(v, Tensor))
+            available = psutil.virtual_memory().available
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available
+            if workers is None and 4 * size * len(dataset) <= free:
+                self.held = self._hold(progress)
+
+    def _hold(self, progress: bool) -> dict:
+        count = len(self.dataset)
+        with ThreadPoolExecutor() as pool:  # while one decodes, others may
+            samples = pool.map(self.dataset.__getitem__, range(count))
+            bar = tqdm(samples, "read", count, leave=False, disable=not progress)
+            return _to(default_collate(list(bar)), self.device)
+
+    def batches(self, numbers: np.ndarray) -> Iterator[dict]:
+        """The samples of such numbers (count, B), batch by batch."""
+        if self.held is None:
+            loader = DataLoader(self.dataset, batch_sampler=numbers.tolist(), **self.settings)
+            yield from (as_floats(_to(batch, self.device)) for batch in loader)
+            return
+        places = torch.from_numpy(numbers).to(self.device)
+        for names, place in zip(numbers.tolist(), places, strict=True):
+            parts = self.held.items()
+            chosen = {k: v[place] for k, v in parts if isinstance(v, Tensor)}
+            texts = {k: [v[n] for n in names] for k, v in parts if k not in chosen}
+            yield as_floats(texts | chosen)
+
+
+def _to(batch: dict, device: torch.device) -> dict:
+    there = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+    return batch | there
 
 
 def _read_mask_of(record: Record, path: Path, image_size: tuple[int, int]) -> np.ndarray:

@@ -7,12 +7,49 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from diffad_ref.data import AnomalyFolder
+
+PRECISIONS = ("auto", "float32", "tf32", "bf16", "fp16")
+
+
+def precision_on(device: torch.device, wanted: str = "auto") -> str:
+    """What a precision means on a device: "auto" is the fastest that training bears.
+
+    That is bf16 on a card that has it, fp16 on an older one, float32 elsewhere. ValueError for
+    what does not exist, or not there.
+    """
+    if wanted not in PRECISIONS:
+        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {wanted!r}")
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" and not has_bf16:
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16: take fp16, or auto")
+    best = "fp16" if not has_bf16 else "bf16" if device.type == "cuda" else "float32"
+    return best if wanted == "auto" else wanted
+
+
+@contextmanager
+def arithmetic(device: torch.device, precision: str):
+    """Networks compute at a precision of `precision_on`; what is around them, in float32.
+
+    All but float32 itself let a card multiply float32 matrices in TF32, with 10 bits of mantissa.
+    """
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [s.allow_tf32 for s in settings]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    try:
+        for s in settings:
+            s.allow_tf32 = precision != "float32"
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            yield
+    finally:
+        for s, value in zip(settings, before, strict=True):
+            s.allow_tf32 = value
 
 
 @dataclass
@@ -55,11 +92,13 @@ class Stage:
 
     name: str  # shown in the progress bar and in checkpoints
     steps: int  # optimiser steps
-    batch_size: int  # images a step, on each process
+    batch_size: int  # images at a time, on each process
     lr: dict[str, Rate]  # every part that learns; parts not named are frozen
     optimizer: str = "adam"  # "adam" or "adamw"
     weight_decay: float = 0.0
     clip: float | None = None  # largest norm of the gradient
+    accumulate: int = 1  # batches a step: more images than memory holds
+    checkpointing: bool = False  # keep less for the backward pass, and compute it again
 
 
 class Detector(nn.Module, ABC):
@@ -108,50 +147,76 @@ class Detector(nn.Module, ABC):
         """Learn or load what must be known before the first step of a training run; mostly none."""
 
     def forward(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Check a batch of training images and compute its loss."""
+        """Check a batch of training images and compute its loss.
+
+        Values are checked where that costs nothing: on the CPU. A GPU would have to be waited for.
+        """
         if "image" in batch:
-            self.check(batch["image"], self.view("train")["image_size"], self.config.image_size)
+            sizes = self.view("train")["image_size"], self.config.image_size
+            self.check(batch["image"], *sizes, wait=False)
         count = len(batch["posterior" if "posterior" in batch else "image"])
-        index = self.classes_of(batch.get("category_index"), count)
+        index = self.classes_of(batch.get("category_index"), count, wait=False)
         generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
         return self.training_loss(batch | {"category_index": index}, generator)
 
     @torch.no_grad()
-    def predict(self, images: Tensor, category_index=None, generator=None) -> Prediction:
+    def predict(
+        self, images: Tensor, category_index=None, generator=None, precision: str = "float32"
+    ) -> Prediction:
         """Judge images (B, 3, H, W) in [0, 1], in evaluation mode whatever the mode was.
 
         `category_index` (B,), long, is the class of each image, as in `categories`, for methods
-        that must know. The same `torch.Generator`, by default of seed 0, predicts the same.
+        that must know. The same `torch.Generator`, by default of seed 0, predicts the same; at
+        float32 also nearly the same on another machine. For others see `precision_on`.
         """
         self.check(images, self.config.image_size)
         index = self.classes_of(category_index, len(images))
         generator, training = generator or torch.Generator().manual_seed(0), self.training
         try:
-            return self.eval().judge(images.to(self.device), index, generator)
+            with arithmetic(self.device, precision_on(self.device, precision)):
+                x = images.to(self.device, non_blocking=True)
+                found = self.eval().judge(x, index, generator)
         finally:
             self.train(training)
+        maps, scores, rebuilt = found.anomaly_map, found.score, found.reconstruction
+        return replace(
+            found, anomaly_map=maps.float(), score=scores.float(), reconstruction=rebuilt.float()
+        )
 
-    def check(self, images: Tensor, *sizes: int) -> None:
+    def compile(self, **options) -> None:
+        """Compile every network, in place, at its next call; options are those of `torch.compile`.
+
+        The first steps then take minutes, the others less time and memory. `mode="reduce-overhead"`
+        is for single images on a GPU, where starting operations takes longer than they do.
+        """
+        for part in self.children():
+            if next(part.parameters(), None) is not None:
+                part.compile(**options)
+
+    def check(self, images: Tensor, *sizes: int, wait: bool = True) -> None:
         """Refuse what is not a batch of images, or has none of these sizes."""
-        check_images(images)
+        check_images(images, wait=wait)
         height, width = images.shape[-2:]
         if height != width or width not in sizes:
             wanted = " or ".join(f"{size} x {size}" for size in dict.fromkeys(sizes))
             raise ValueError(f"this model was built for {wanted} images, not {height} x {width}")
 
-    def classes_of(self, category_index: Tensor | None, count: int) -> Tensor | None:
+    def classes_of(
+        self, category_index: Tensor | None, count: int, wait: bool = True
+    ) -> Tensor | None:
         """The classes (count,), long, of a batch, if `config.classes` says how many there are."""
         if (classes := getattr(self.config, "classes", None)) is None:
             return category_index
         known = f"there are {classes} classes: {list(self.categories)}"
         if category_index is None:
             raise ValueError(f"say which category each image is of (category_index); {known}")
-        index = torch.as_tensor(category_index, device=self.device)
+        index = torch.as_tensor(category_index)
         if index.shape != (count,) or index.is_floating_point():
             raise ValueError(f"expected {count} category indices, got {category_index}; {known}")
-        if index.min() < 0 or index.max() >= classes:
+        free = wait or index.device.type == "cpu"
+        if free and (index.min() < 0 or index.max() >= classes):
             raise ValueError(f"a category index is unknown: {index.tolist()}; {known}")
-        return index.long()
+        return index.to(self.device, torch.long, non_blocking=True)
 
     def view(self, split: str) -> dict:
         """Arguments for `AnomalyFolder`: how the images of "train" or "test" must come."""
@@ -169,13 +234,19 @@ class Detector(nn.Module, ABC):
         return AnomalyFolder.from_folders(good, test, **options)
 
     def enter(self, stage: Stage) -> None:
-        """Prepare for a stage: the parts that it names learn, all others are frozen."""
+        """Prepare for a stage: the parts that it names learn, all others are frozen.
+
+        Gradient checkpointing is for networks that know it: those of diffusers.
+        """
         parts = dict(self.named_children())
         if unknown := sorted(stage.lr.keys() - parts):
             raise ValueError(f"stage {stage.name!r} trains unknown parts {unknown}")
         self.stage = stage
         for name, part in parts.items():
             part.requires_grad_(name in stage.lr)
+        for module in self.modules():
+            if switch := getattr(module, "enable_gradient_checkpointing", None):
+                switch() if stage.checkpointing else module.disable_gradient_checkpointing()
 
     def parameter_groups(self) -> list[dict]:
         """What the optimiser trains in the current stage, each part with its rate."""
@@ -189,8 +260,11 @@ class Detector(nn.Module, ABC):
         return next(self.parameters()).device
 
 
-def check_images(images: Tensor, name: str = "images") -> None:
-    """Refuse what is no batch (B, 3, H, W), floating point, in [0, 1] (to 1e-4, for resampling)."""
+def check_images(images: Tensor, name: str = "images", wait: bool = True) -> None:
+    """Refuse what is no batch (B, 3, H, W), floating point, in [0, 1] (to 1e-4, for resampling).
+
+    Values on another device are not read, unless one may `wait` for it.
+    """
     if not isinstance(images, Tensor):
         raise ValueError(f"{name}: expected a tensor (B, 3, H, W), got {type(images).__name__}")
     shape = tuple(images.shape)
@@ -202,6 +276,8 @@ def check_images(images: Tensor, name: str = "images") -> None:
     if not images.is_floating_point():
         hint = "convert with images.float() / 255 if these are bytes"
         raise ValueError(f"{name}: expected float32 in [0, 1], got {images.dtype}; {hint}")
+    if not wait and images.device.type != "cpu":
+        return
     low, high = torch.stack(images.aminmax()).tolist()
     if not math.isfinite(high - low):
         bad = [i for i, image in enumerate(images) if not torch.isfinite(image).all()]

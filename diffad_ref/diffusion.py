@@ -1,7 +1,7 @@
 """Noise schedules, and the closed forms that all methods share (D1, D2).
 
-Time steps count from 0: `abar[t]` is the share of signal left after step t. Schedules are kept in
-float64; entries are picked first and cast then, so that nothing is lost.
+Time steps count from 0: `abar[t]` is the share of signal left after step t. Schedules are made in
+float64, and rounded once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Draw:
 
     def _of(self, kind: Callable, *arguments) -> Tensor:
         where = self.generator.device
-        return kind(*arguments, generator=self.generator, device=where).to(self.device)
+        drawn = kind(*arguments, generator=self.generator, device=where)
+        return drawn.to(self.device, non_blocking=where.type == "cpu")
 
 
 def seeded(device, *key: int) -> torch.Generator:
@@ -70,31 +71,32 @@ def scaled_linear_betas(steps: int = 1000) -> Tensor:
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "scaled_linear": scaled_linear_betas}
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A forward process of T steps, in float64."""
+class Schedule(nn.Module):
+    """A forward process of T steps, of betas (T,), each in (0, 1).
 
-    betas: Tensor  # (T,) noise added at each step
-    abar: Tensor  # (T,) signal left after it
+    `betas`, the noise added at each step, and `abar`, the signal left after it, are (T,), float64,
+    on the CPU. What `at` looks up lies on the device of the detector that the schedule is part of.
+    """
 
-    @classmethod
-    def from_betas(cls, betas: Tensor) -> Schedule:
-        """Cumulate betas (T,), each in (0, 1), in float64."""
-        return cls(betas.double(), torch.cumprod(1 - betas.double(), 0))
+    def __init__(self, betas: Tensor):
+        super().__init__()
+        self.betas = betas.double()
+        self.abar = torch.cumprod(1 - self.betas, 0)
+        self.register_buffer("levels", self.abar.float(), persistent=False)
 
     @classmethod
     def named(cls, name: str, steps: int) -> Schedule:
         """One of `SCHEDULES` with so many steps."""
         if name not in SCHEDULES:
             raise ValueError(f"unknown schedule {name!r}; there are {', '.join(SCHEDULES)}")
-        return cls.from_betas(SCHEDULES[name](steps))
+        return cls(SCHEDULES[name](steps))
 
     def __len__(self) -> int:
         return len(self.betas)
 
     def at(self, t: Tensor) -> Tensor:
         """abar of time steps t (B,), long, as float32 (B, 1, 1, 1) on the device of t."""
-        return self.abar.to(t.device)[t].float().view(-1, 1, 1, 1)
+        return self.levels[t].float().view(-1, 1, 1, 1)
 
 
 def add_noise(x0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
@@ -149,10 +151,8 @@ def ddim_walk(
     """
     levels = [torch.full((len(x_t),), t, device=x_t.device) for t in times]
     abars = [schedule.at(t) for t in levels]
-    states, estimates = [], []
-    for t, abar, after in zip(
-        levels, abars, [*abars[1:], abars[0].new_tensor(abar_end)], strict=True
-    ):
+    ends, states, estimates = [*abars[1:], torch.full_like(abars[0], abar_end)], [], []
+    for t, abar, after in zip(levels, abars, ends, strict=True):
         eps = denoiser(x_t, t)
         estimates.append(predict_x0(x_t, eps, abar))
         x_t = ddim_step(estimates[-1], eps, after)

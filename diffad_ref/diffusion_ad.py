@@ -145,7 +145,8 @@ class SegmentationNet(nn.Module):
         skips.pop()
         for upward, stage in zip(self.upward, self.decoder, strict=True):
             features = stage(torch.cat([upward(features), skips.pop()], 1))
-        return self.head(features).sigmoid()
+        logits = self.head(features)  # in 16 bits a sigmoid is 1 early, and has no gradient
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
 
 # ---------------------------------------------------------------------------------- noise to norm
@@ -284,7 +285,8 @@ class DiffusionAD(Detector):
         x, foreground = batch["image"], batch.get("foreground")
         self.textures = self.textures.to(x.device)
         surface, settings = batch["texture"].to(x.device), self.config.synthesis
-        return synthesize(x, surface, self.textures, settings, generator, foreground)
+        with torch.autocast(x.device.type, enabled=False):
+            return synthesize(x, surface, self.textures, settings, generator, foreground)
 
     def rebuild(self, x, t_s, t_b, noise_s, noise_b, w=None) -> NoiseToNorm:
         """Every step to the normal version of images, by the own networks and weight."""
@@ -295,7 +297,7 @@ class DiffusionAD(Detector):
         """How wrong the segmentation network is about images and their reconstructions."""
         prediction = self.segmenter(torch.cat([x, x0], 1))  # D7
         with torch.autocast(x.device.type, enabled=False):
-            return mask_loss(prediction.float(), mask)
+            return mask_loss(prediction, mask)
 
     def judge(self, x, category_index, generator):
         """Reconstruct and compare; one model judges every category. Parts: the first draw's."""

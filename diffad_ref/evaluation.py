@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffad_ref.data import loading
 from diffad_ref.diffusion import seeded
 from diffad_ref.metrics import METRICS, image_metrics, pixel_metrics
 
@@ -31,6 +32,7 @@ class Report:
     detector: str  # name of its class
     protocol: str = "exact"  # how the metrics were made
     seed: int = 0
+    precision: str = "float32"
     seconds_per_image: float = float("nan")  # spent in `predict`
     maps: Tensor | None = None  # (N, H, W) on the CPU; not saved
     masks: Tensor | None = None  # (N, H, W), bool
@@ -48,7 +50,13 @@ class Report:
 
 
 def evaluate(
-    detector, dataset, batch_size: int = 32, seed: int = 0, progress: bool = True, protocol=None
+    detector,
+    dataset,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+    protocol=None,
+    precision: str = "float32",
 ) -> Report:
     """Judge a detector on a data set with good and defective images.
 
@@ -63,25 +71,30 @@ def evaluate(
         Of the noise: the same seed and batch size give the same report on the same machine.
     protocol : optional
         One of `tools.protocols.PROTOCOLS`: judge as a released code does.
+    precision : str
+        Of `predict`, if the detector takes one: see `detector.precision_on`.
 
     Raises ValueError for no or unlabelled images, only good or only defective ones, a category that
     the detector does not know, and NaN or a wrong shape in what it returns.
     """
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there is nothing to evaluate")
-    images, maps, masks, seconds = _predict_all(detector, dataset, batch_size, seed, progress)
+    options = {} if precision == "float32" else {"precision": precision}
+    found = _predict_all(detector, dataset, batch_size, seed, progress, options)
+    images, maps, masks, seconds = found
     tables = _tables(images, maps, masks, protocol)
     name, way = type(detector).__name__, protocol.name if protocol else "exact"
-    return Report(*tables, images, name, way, seed, seconds / len(images), maps, masks)
+    return Report(*tables, images, name, way, seed, precision, seconds / len(images), maps, masks)
 
 
-def _predict_all(detector, dataset, batch_size: int, seed: int, progress: bool):
+def _predict_all(detector, dataset, batch_size: int, seed: int, progress: bool, options: dict):
     """A row for each image, maps (N, H, W), masks (N, H, W) and the seconds it took."""
     from pandas import DataFrame, concat
 
     device, known = detector.device, list(getattr(detector, "categories", ()))
     rows, maps, masks, seconds = [], [], [], 0.0
-    batches = tqdm(DataLoader(dataset, batch_size), "evaluate", disable=not progress)
+    loader = DataLoader(dataset, batch_size, **loading(device))
+    batches = tqdm(loader, "evaluate", disable=not progress)
     for number, batch in enumerate(batches):
         if "unlabelled" in batch["kind"]:
             raise ValueError("the images are unlabelled: they can be predicted, not evaluated")
@@ -90,7 +103,7 @@ def _predict_all(detector, dataset, batch_size: int, seed: int, progress: bool):
         index = [known.index(c) for c in batch["category"]] if known else batch["category_index"]
         x, index = batch["image"].to(device), torch.as_tensor(index, device=device)
         start = _now(device)
-        prediction = detector.predict(x, index, seeded(device, seed, number))
+        prediction = detector.predict(x, index, seeded(device, seed, number), **options)
         seconds += _now(device) - start
         _check(prediction, batch)
         maps.append(prediction.anomaly_map.float().cpu())

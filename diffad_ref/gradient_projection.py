@@ -29,6 +29,7 @@ def representation(layer: nn.Module, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1]).T
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise ValueError(f"only zero padding given in pixels is supported, not {layer}")
+    x = x[:, : layer.in_channels]  # what lies behind them is added to the output
     patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     return patches.transpose(0, 1).flatten(1)  # (B, CKK, L) -> (CKK, B L)
 

@@ -6,6 +6,8 @@ there. The paper takes those of a ResNet-50 that knows ImageNet.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -17,10 +19,7 @@ from torch import Tensor, nn
 
 def gaussian_filter(maps: Tensor, sigma: float) -> Tensor:
     """Smooth maps (..., H, W) by a Gaussian, sigma in pixels, as SciPy does; 0 does nothing."""
-    if sigma == 0:
-        return maps
-    rows, columns = (torch.from_numpy(_blur(n, sigma)).to(maps) for n in maps.shape[-2:])
-    return rows @ maps @ columns.mT
+    return _on_both_axes(_blur, maps, sigma) if sigma else maps
 
 
 def enlarge(maps: Tensor, size: int) -> Tensor:
@@ -29,23 +28,32 @@ def enlarge(maps: Tensor, size: int) -> Tensor:
     A value stands for a cell and lies at its centre. Beyond the outermost centres the map is
     mirrored about them, where PyTorch's bilinear interpolation repeats the last value.
     """
-    rows, columns = (torch.from_numpy(_zoom(n, size)).to(maps) for n in maps.shape[-2:])
-    return rows @ maps @ columns.mT
+    return _on_both_axes(_zoom, maps, size)
 
 
 # Both filters act on each axis alone and are linear. So each is a matrix, what SciPy makes of the
-# unit matrix, and a batch of maps costs two products on whatever device it lies.
+# unit matrix, and a batch of maps costs two products on whatever device it lies. There it is kept.
+
+
+def _on_both_axes(matrix: Callable, maps: Tensor, setting: float) -> Tensor:
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    rows, columns = (matrix(n, setting, maps.dtype, maps.device) for n in maps.shape[-2:])
+    kind = maps.device.type
+    with torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext():
+        return rows @ maps @ columns.mT  # 16 bits would show as steps
 
 
 @lru_cache(maxsize=16)
-def _blur(length: int, sigma: float) -> np.ndarray:
-    return ndimage.gaussian_filter1d(np.eye(length), sigma, axis=0)
+def _blur(length: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    matrix = ndimage.gaussian_filter1d(np.eye(length), sigma, axis=0)
+    return torch.from_numpy(matrix).to(device, dtype)
 
 
 @lru_cache(maxsize=16)
-def _zoom(length: int, size: int) -> np.ndarray:
+def _zoom(length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     factors = size / length, 1
-    return ndimage.zoom(np.eye(length), factors, order=1, mode="mirror", grid_mode=True)
+    matrix = ndimage.zoom(np.eye(length), factors, order=1, mode="mirror", grid_mode=True)
+    return torch.from_numpy(matrix).to(device, dtype)
 
 
 def clip_and_scale(maps: Tensor, limit: float) -> Tensor:
@@ -66,6 +74,7 @@ class ResNetFeatures(nn.Module):
     """Stages of a ResNet-50, 0 to 4; released: 1, 2, 3 for MVTec AD, 0, 2, 4 for VisA."""
 
     MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+    _ready, borrowed = False, True  # the device is asked once; weights come from elsewhere
 
     def __init__(self, stages: tuple[int, ...] = (1, 2, 3)):
         from torchvision.models import resnet50
@@ -78,10 +87,12 @@ class ResNetFeatures(nn.Module):
         network = create_feature_extractor(resnet50(), {nodes[s]: str(s) for s in stages})
         self.network = network.requires_grad_(False).eval()
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+        for name, values in (("mean", self.MEAN), ("deviation", self.DEVIATION)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def prepare(self, images: Tensor | None = None) -> None:
         """Load torchvision's ImageNet weights; from its cache, or else over the network."""
-        if self.ready:
+        if self.is_ready():
             return
         from torchvision.models import ResNet50_Weights
 
@@ -91,16 +102,20 @@ class ResNetFeatures(nn.Module):
             raise ValueError(f"these weights are no ResNet-50's: {len(missing)} are missing")
         self.ready.fill_(True)
 
+    def is_ready(self) -> bool:
+        """Whether it has weights; on the meta device, where nothing has a value, it has."""
+        self._ready = self._ready or self.ready.is_meta or bool(self.ready)
+        return self._ready
+
     def train(self, mode: bool = True) -> ResNetFeatures:
         """Stay in evaluation mode: its normalisation must not learn."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps (B, C, h, w) of images (B, 3, H, W) in [0, 1], one a stage."""
-        if not self.ready.is_meta and not self.ready:
+        if not self.is_ready():
             raise ValueError("the features have no weights yet: call prepare()")
-        mean, deviation = (images.new_tensor(v)[:, None, None] for v in (self.MEAN, self.DEVIATION))
-        return list(self.network((images - mean) / deviation).values())
+        return list(self.network((images - self.mean) / self.deviation).values())
 
 
 class PatchFeatures(nn.Module):
@@ -108,6 +123,8 @@ class PatchFeatures(nn.Module):
 
     The image is shrunk by each scale; of its patches the first components are the channels.
     """
+
+    _ready = False  # once known here, the device is not asked again
 
     def __init__(self, scales: tuple[int, ...] = (1, 2, 4), patch: int = 5, channels: int = 12):
         super().__init__()
@@ -118,7 +135,7 @@ class PatchFeatures(nn.Module):
     @torch.no_grad()
     def prepare(self, images: Tensor) -> None:
         """Learn from images (N, 3, H, W) in [0, 1], unless it has learnt before."""
-        if self.filters.any():
+        if self.is_ready():
             return
         for i, x in enumerate(self._pyramid(images)):
             patches = F.unfold(x, self.patch, stride=2).transpose(0, 1).flatten(1).double()
@@ -131,7 +148,7 @@ class PatchFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps (B, channels, h, w) of images (B, 3, H, W), one a scale."""
-        if not self.filters.is_meta and not self.filters.any():
+        if not self.is_ready():
             raise ValueError("the features have learned nothing yet: call prepare(images)")
         return [
             F.conv2d(
@@ -141,6 +158,11 @@ class PatchFeatures(nn.Module):
             )
             for x, filters, mean in zip(self._pyramid(images), self.filters, self.mean, strict=True)
         ]
+
+    def is_ready(self) -> bool:
+        """Whether it has learnt; on the meta device, where nothing has a value, it has."""
+        self._ready = self._ready or self.filters.is_meta or bool(self.filters.any())
+        return self._ready
 
     def _pyramid(self, images: Tensor) -> list[Tensor]:
         return [F.avg_pool2d(images, scale) for scale in self.scales]

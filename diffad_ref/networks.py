@@ -9,6 +9,31 @@ import torch
 from torch import Tensor, nn
 
 
+class _GroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        shape = *x.shape[:2], x[0, 0].numel()
+        return torch.native_group_norm(x, weight, bias, *shape, self.num_groups, self.eps)[0]
+
+
+class _LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0]
+
+
+def lean(network: nn.Module) -> nn.Module:
+    """The same network, whose normalisations leave 16-bit tensors as they are.
+
+    Autocast would copy what goes into them to float32, and keep the copies for the backward pass;
+    it does not know the native functions. Those compute means and variances in float32 anyway.
+    """
+    kinds = {nn.GroupNorm: _GroupNorm, nn.LayerNorm: _LayerNorm}
+    for module in network.modules():
+        module.__class__ = kinds.get(type(module), type(module))
+    return network
+
+
 def adm_unet(
     channels=3,
     width=128,
@@ -55,7 +80,7 @@ def adm_unet(
         for module in unet.modules():
             if isinstance(module, Attention):
                 module.heads, module.scale = heads, (module.inner_dim // heads) ** -0.5
-    return unet
+    return lean(unet)
 
 
 def latent_unet(
@@ -69,7 +94,7 @@ def latent_unet(
     from diffusers import UNet2DConditionModel
 
     kinds = ["CrossAttn" if level in attention_levels else "" for level in range(len(widths))]
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         in_channels=channels,
         out_channels=channels,
         block_out_channels=tuple(widths),
@@ -81,6 +106,7 @@ def latent_unet(
         dropout=dropout,
         norm_num_groups=norm_groups,
     )
+    return lean(unet)
 
 
 class LatentUNet(nn.Module):

@@ -107,6 +107,14 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------- U-Net
+class ConditionedConv(nn.Conv2d):
+    """A convolution that adds to its output what comes behind its own channels, if anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, f = x.tensor_split([self.in_channels], 1)
+        return super().forward(z) + f if f.shape[1] else super().forward(z)
+
+
 class ControlledUNet(nn.Module):
     """Stable Diffusion's U-Net, at any size, with condition features and a constant prompt.
 
@@ -130,18 +138,16 @@ class ControlledUNet(nn.Module):
         widths, levels = [width * m for m in multipliers], range(len(multipliers))
         attends = levels[:-1] if attention_levels is None else attention_levels
         self.unet = latent_unet(channels, widths, blocks, heads, prompt[1], norm_groups, attends)
+        self.unet.conv_in.__class__ = ConditionedConv
         self.register_buffer("prompt", torch.zeros(1, *prompt))
 
-    def forward(self, z: Tensor, t: Tensor, f: Tensor | float = 0.0) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, f: Tensor | None = None) -> Tensor:
         """Output (B, C, h, w) for latents z, time steps t (B,) and features f (B, width, h, w).
 
         The condition is added right after the first convolution, before anything branches off.
         """
-        hook = self.unet.conv_in.register_forward_hook(lambda module, inputs, output: output + f)
-        try:
-            return self.unet(z, t, self.prompt.expand(len(z), -1, -1)).sample
-        finally:
-            hook.remove()
+        both = z if f is None else torch.cat([z, f], 1)
+        return self.unet(both, t, self.prompt.expand(len(z), -1, -1)).sample
 
 
 def learns(name: str, parameter: nn.Parameter) -> bool:
@@ -236,6 +242,7 @@ class OneForMore(Detector):
         layers = c.condition_layers, c.condition_heads, c.feed_forward, c.dropout, c.window
         shape = c.condition_channels, c.condition_strides
         self.condition = AnomalyMaskedNetwork(c.width, *layers, *shape)
+        self.condition.look_at(*[c.image_size // c.codec.factor] * 2)
         patches = c.features == "patches"
         self.extractor = PatchFeatures() if patches else ResNetFeatures(c.stages_compared)
         self.enter(self.stages[-1])

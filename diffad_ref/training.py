@@ -1,7 +1,8 @@
 """One `fit` for all methods.
 
 Every random number of a step is a function of (seed, stage, step, process), and the learning rate
-a function of the step: a run that was killed continues to the numbers of one that was not.
+a function of the step: a run that was killed continues to the numbers of one that was not. Nothing
+in a step waits for a GPU; what it computed is read every so many steps.
 """
 
 from __future__ import annotations
@@ -9,23 +10,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from accelerate import PartialState
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from diffad_ref.checkpoints import load_weights, read_metadata, read_tensors, write_tensors
-from diffad_ref.detector import Detector, Stage
+from diffad_ref.data import Feed
+from diffad_ref.detector import Detector, Stage, arithmetic, precision_on
 from diffad_ref.diffusion import seeded
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 STATE = "training.safetensors"
+READ_EVERY = 20  # steps after which losses are fetched from a GPU
 
 
 @dataclass
@@ -51,14 +56,16 @@ def fit(
     batch_size: int | None = None,
     *,
     rate: float = 1.0,
-    out: str | os.PathLike | None = None,
-    seed: int = 0,
-    accumulate: int = 1,
-    mixed_precision: str = "no",
+    accumulate: int | None = None,
+    checkpointing: bool = False,
+    precision: str = "auto",
+    compile: bool = False,
     ema: float | None = None,
+    out: str | os.PathLike | None = None,
     save_every: int = 500,
-    num_workers: int = 0,
-    cpu: bool = False,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    num_workers: int | None = None,
     progress: bool = True,
     on_optimizer: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> History:
@@ -69,122 +76,161 @@ def fit(
     dataset : Dataset
         Normal images, as samples of `diffad_ref.data`.
     steps, batch_size : int, optional
-        Of the whole run, shared by the stages in proportion; images a step and process.
+        Of the whole run, shared by the stages in proportion; images at a time and process.
     rate : float
         Learning rates, as a share of the config's.
-    out : path, optional
-        Folder for checkpoints, every `save_every` steps, from which an unfinished run goes on.
-    seed : int
-        Equal seeds give equal weights on the same machine and number of threads.
-    accumulate : int
-        Batches whose gradients are averaged into one step: more images than memory holds.
-    mixed_precision : "no", "bf16" or "fp16"
+    accumulate, checkpointing
+        As in a `Stage`, for more images than memory holds: instead of its number; if not set there.
+    precision : str
+        See `precision_on`: "auto", "float32", "tf32", "bf16" or "fp16".
+    compile : bool
+        Compile the networks first: see `Detector.compile`.
     ema : float, optional
         Decay of a moving average of the weights, with which each stage then ends.
-    num_workers, cpu
-        Processes that load images, 0 in notebooks; stay on the CPU even where there is a GPU.
+    out : path, optional
+        Folder for checkpoints, every `save_every` steps, from which an unfinished run goes on, on
+        whatever device there is then.
+    seed : int
+        Equal seeds give equal weights on the same CPU and number of threads. On a GPU they do so
+        up to rounding, or under `torch.use_deterministic_algorithms(True)`.
+    device, num_workers : optional
+        By default a GPU, if there is one; as many processes that load images as `Feed` needs.
     on_optimizer : callable, optional
         Gets the optimiser of each stage before its first step, to attach hooks.
 
-    Raises ValueError for empty data, a loss that is not finite, or an `out` of another run.
+    Raises ValueError for empty data, a loss that is not finite, a precision that the device lacks,
+    an `out` of another run, and a GPU whose memory is too small.
     """
     if len(dataset) == 0:
         raise ValueError("there is nothing to train on: the data set is empty")
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision, cpu=cpu, gradient_accumulation_steps=accumulate
-    )
-    stages = _plan(detector.stages, steps, batch_size, rate)
-    detector.to(accelerator.device)
+    process = PartialState(cpu=str(device) == "cpu")
+    device = torch.device(device or process.device)
+    chosen = precision_on(device, precision)
+    stages = _plan(detector.stages, steps, batch_size, rate, accumulate, checkpointing)
+    detector.to(device)
     detector.categories = tuple(getattr(dataset, "categories", detector.categories))
-    run = _Run(detector, Path(out) / STATE if out else None, accelerator.is_main_process)
+    run = _Run(detector, Path(out) / STATE if out else None, process.is_main_process)
     run.resume(
         method=type(detector).__name__,
         stages=[asdict(stage) for stage in stages],
         config=asdict(detector.config),
         categories=detector.categories,
         images=len(dataset),
-        settings=[seed, accumulate, mixed_precision, ema, accelerator.num_processes],
+        **{"seed": seed, "precision": precision, "ema": ema, "processes": process.num_processes},
     )
     if run.stage == run.step == 0:
         detector.prepare(dataset)
+    if compile:
+        detector.compile()
+    feed = Feed(dataset, device, num_workers, progress and process.is_main_process)
     with torch.random.fork_rng():
         for number in range(run.stage, len(stages)):
-            stage = stages[number]
-            optimizer = run.begin(number, stage, ema)
+            stage, key = stages[number], [seed, number]
+            optimizer = run.begin(number, stage, ema, chosen)
             if on_optimizer is not None:
                 on_optimizer(optimizer)
-            count, key = stage.steps * accumulate, [seed, number]
+            count = stage.steps * stage.accumulate
             ahead = batch_numbers(len(dataset), stage.batch_size, count, key)
-            ahead = ahead[run.step * accumulate :]
-            loader = DataLoader(dataset, batch_sampler=ahead, num_workers=num_workers)
-            training = _train(accelerator, run, stage, optimizer, iter(loader), seed)
+            batches = feed.batches(ahead[run.step * stage.accumulate :])
+            training = _train(run, stage, optimizer, batches, seed, chosen)
             bar = {"desc": stage.name, "initial": run.step, "total": stage.steps}
-            bar["disable"] = not (progress and accelerator.is_main_process)
+            bar["disable"] = not (progress and process.is_main_process)
             for losses in (shown := tqdm(training, **bar)):
                 shown.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
                 if run.step % save_every == 0:
                     run.save(optimizer)
             run.end_stage()
-            accelerator.wait_for_everyone()
+            process.wait_for_everyone()
     detector.eval()
     return run.history
 
 
-def _train(accelerator, run: _Run, stage: Stage, optimizer, batches: Iterator, seed: int):
-    """The steps of a stage from where the run is; yields the losses of each."""
-    model, micros = accelerator.prepare_model(run.detector), accelerator.gradient_accumulation_steps
-    optimizer = accelerator.prepare_optimizer(optimizer)
+def _train(run: _Run, stage: Stage, optimizer, batches: Iterator[dict], seed: int, precision: str):
+    """The steps of a stage from where the run is; yields the latest losses that were read."""
+    device, scaler, rank = run.detector.device, run.scaler, PartialState().process_index
+    together = distributed.is_available() and distributed.is_initialized()
+    model = DistributedDataParallel(run.detector) if together else run.detector
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(run.step, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = stage.lr[group["name"]].at(step, stage.steps)
-        means: dict[str, float] = {}
-        for micro in range(micros):
-            key = seed, run.stage, step, micro, accelerator.process_index
-            generator = seeded(accelerator.device, *key)
+        for micro in range(stage.accumulate):
+            generator = seeded(device, seed, run.stage, step, micro, rank)
             torch.manual_seed(generator.initial_seed())  # of dropout
-            batch = send_to_device(next(batches), accelerator.device)
-            with accelerator.accumulate(model):
-                with accelerator.autocast():
-                    losses = model(batch, generator)
-                accelerator.backward(losses["loss"])
-                for name, value in losses.items():
-                    means[name] = means.get(name, 0.0) + value.item() / micros
-                if accelerator.sync_gradients:
-                    run.check_finite(means)
-                    if stage.clip is not None:
-                        accelerator.clip_grad_norm_(model.parameters(), stage.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-        run.after_step({"step": step, "stage": stage.name, **means})
-        yield means
+            alone = together and micro < stage.accumulate - 1
+            with model.no_sync() if alone else nullcontext(), _enough_memory(run, stage):
+                with arithmetic(device, precision):
+                    losses = model(next(batches), generator)
+                scaler.scale(losses["loss"] / stage.accumulate).backward()
+            run.note(losses, 1 / stage.accumulate)
+        if device.type == "cpu":  # where reading is free, nothing moves by a loss that is broken
+            run.read()
+        if stage.clip is not None:
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(learning, stage.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        run.after_step()
+        if run.step % READ_EVERY == 0 or run.step == stage.steps:
+            run.read()
+        yield run.latest
 
 
-def trained_weights(out: str | os.PathLike) -> dict[str, Tensor]:
-    """The detector's state at the last checkpoint of a run, in full precision."""
-    return _under("model.", read_tensors(Path(out) / STATE))
+@contextmanager
+def _enough_memory(run: _Run, stage: Stage):
+    """Say what helps when a batch is too large for a GPU."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        half = max(1, stage.batch_size // 2)
+        ways = f"batch_size={half} with accumulate={stage.batch_size * stage.accumulate // half}"
+        ways += "" if stage.checkpointing else ", or checkpointing=True"
+        kept = f"; {run.path} has the last checkpoint" if run.path and run.path.exists() else ""
+        size = torch.cuda.get_device_properties(run.detector.device).total_memory / 2**30
+        found = f"{stage.batch_size} images at a time do not fit into {size:.0f} GiB of memory"
+        raise ValueError(f"{found}: try {ways}, or fewer bits (precision){kept}") from error
 
 
-def batch_numbers(images: int, size: int, count: int, key: list[int]) -> list[list[int]]:
-    """Image numbers of `count` batches: shuffled epochs, cut evenly, shared by all processes."""
-    state = torch.distributed
-    together = state.is_available() and state.is_initialized()
-    world, rank = (state.get_world_size(), state.get_rank()) if together else (1, 0)
+def restore(detector: Detector, out: str | os.PathLike) -> dict[str, Tensor]:
+    """Give a detector the state of a run's last checkpoint, in full precision; and what it holds.
+
+    Parts that come from elsewhere and never learn are in no checkpoint; they are loaded again.
+    """
+    path, own = Path(out) / STATE, detector.state_dict()
+    tensors = read_tensors(path)
+    for name in (borrowed := _borrowed(detector)):
+        getattr(detector, name).prepare(None)
+    kept = {k: v for k, v in own.items() if k.split(".")[0] in borrowed}
+    load_weights(detector, kept | _under("model.", tensors), path)
+    return tensors
+
+
+def _borrowed(detector: Detector) -> list[str]:
+    return [name for name, m in detector.named_children() if getattr(m, "borrowed", False)]
+
+
+def batch_numbers(images: int, size: int, count: int, key: list[int]) -> np.ndarray:
+    """Image numbers (count, size) of batches: shuffled epochs, cut evenly, over all processes."""
+    together = distributed.is_available() and distributed.is_initialized()
+    world, rank = (distributed.get_world_size(), distributed.get_rank()) if together else (1, 0)
     epochs = range(-(-count * world * size // images))
     orders = [np.random.default_rng([*key, epoch]).permutation(images) for epoch in epochs]
     order = np.concatenate([np.empty(0, int), *orders])[: count * world * size]
-    return order.reshape(count, world, size)[:, rank].tolist()
+    return order.reshape(count, world, size)[:, rank]
 
 
-def _plan(stages: tuple[Stage, ...], steps, batch_size, rate: float) -> list[Stage]:
-    """The stages of this run: shortened in proportion, with other batches and rates if wanted."""
+def _plan(stages, steps, batch_size, rate, accumulate, checkpointing) -> list[Stage]:
+    """The stages of this run: shortened in proportion, with other settings where wanted."""
     ends = np.cumsum([stage.steps for stage in stages])
     if steps is not None:
         ends = np.rint(ends * steps / ends[-1]).astype(int)
-    plan = []
+    plan, wanted = [], {"batch_size": batch_size, "accumulate": accumulate}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
     for stage, count in zip(stages, np.diff(ends, prepend=0).tolist(), strict=True):
         lr = {name: replace(r, peak=r.peak * rate) for name, r in stage.lr.items()}
-        size = batch_size or stage.batch_size
-        plan.append(replace(stage, steps=count, batch_size=size, lr=lr))
+        wanted["checkpointing"] = stage.checkpointing or checkpointing
+        plan.append(replace(stage, steps=count, lr=lr, **wanted))
     return plan
 
 
@@ -194,8 +240,10 @@ class _Run:
     def __init__(self, detector: Detector, path: Path | None, writes: bool):
         self.detector, self.path, self.writes = detector, path, writes
         self.stage = self.step = 0
-        self.history, self.average = History(), None
+        self.history, self.average, self.latest = History(), None, {}
+        self._unread: list[dict[str, Tensor]] = []
         self._loaded: dict[str, Tensor] = {}
+        self._scaler: dict = {}
 
     def resume(self, **identity) -> None:
         """Take up what `path` holds, if anything; refuse a run of another identity."""
@@ -208,16 +256,22 @@ class _Run:
             found = f"{self.path.parent} holds another run (different {', '.join(different)})"
             raise ValueError(f"{found}; choose another folder, or delete it to start anew")
         self.stage, self.step = state["stage"], state["step"]
-        self.history, self._loaded = History(state["history"]), read_tensors(self.path)
-        load_weights(self.detector, _under("model.", self._loaded), self.path)
+        self._scaler, self.history = state["scaler"], History(state["history"])
+        self._loaded = restore(self.detector, self.path.parent)
 
-    def begin(self, number: int, stage: Stage, ema: float | None) -> torch.optim.Optimizer:
+    def begin(
+        self, number: int, stage: Stage, ema: float | None, precision: str
+    ) -> torch.optim.Optimizer:
         """Start a stage, or go on inside it; gives its optimiser."""
         if number != self.stage:
             self.stage, self.step = number, 0
         self.detector.enter(stage)
-        groups = self.detector.train().parameter_groups()
-        optimizer = OPTIMIZERS[stage.optimizer](groups, weight_decay=stage.weight_decay)
+        groups, kind = self.detector.train().parameter_groups(), self.detector.device.type
+        self.scaler = torch.amp.GradScaler(kind, enabled=precision == "fp16")
+        if self._scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(self._scaler)
+        decay, fused = stage.weight_decay, kind in ("cpu", "cuda")
+        optimizer = OPTIMIZERS[stage.optimizer](groups, weight_decay=decay, fused=fused)
         plain = optimizer.state_dict() | {"state": {}}
         for name, value in _under("optimizer.", self._loaded).items():
             index, key = name.split(".", 1)
@@ -226,28 +280,50 @@ class _Run:
         if ema is not None:
             from diffusers.training_utils import EMAModel
 
-            self.average = EMAModel(self._learning(), decay=ema)
+            self.average = EMAModel(self._learning(), decay=ema, foreach=True)
             self.average.optimization_step = self.step
             saved = _under("average.", self._loaded)
             for place, mean in enumerate(self.average.shadow_params):
                 mean.copy_(saved.get(str(place), mean))
-        self._loaded = {}
+        self._loaded, self._scaler = {}, {}
         return optimizer
 
     def _learning(self) -> list[torch.nn.Parameter]:
         return [p for p in self.detector.parameters() if p.requires_grad]
 
-    def check_finite(self, losses: dict[str, float]) -> None:
-        """Refuse to go on with a loss that is NaN or infinite."""
-        if not np.isfinite(losses["loss"]):
-            kept = f"; see {self.path}" if self.path and self.path.exists() else ""
-            name = self.detector.stage.name
-            raise ValueError(f"the loss of step {self.step} in stage {name!r} is {losses}{kept}")
+    def note(self, losses: dict[str, Tensor], share: float) -> None:
+        """Add the losses of a batch to those of the step, where they are."""
+        if not self._unread or self._unread[-1]["step"] != self.step:
+            self._unread.append({"step": self.step})
+        row = self._unread[-1]
+        for name, value in losses.items():
+            row[name] = row.get(name, 0) + value.detach() * share
 
-    def after_step(self, row: dict) -> None:
-        """Note the losses of a step, and average the weights."""
+    def read(self) -> None:
+        """Fetch the losses of the last steps, the mean of all processes; refuse NaN and infinity.
+
+        So every process stops at a step that is broken, not one alone.
+        """
+        steps = [row.pop("step") for row in self._unread]
+        if not steps:
+            return
+        table = torch.stack([torch.stack(list(row.values())).float() for row in self._unread])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(table.div_(distributed.get_world_size()))
+        for step, names, values in zip(steps, self._unread, table.cpu().tolist(), strict=True):
+            self.latest = dict(zip(names, values, strict=True))
+            if not np.isfinite(self.latest["loss"]):
+                kept = f"; see {self.path}" if self.path and self.path.exists() else ""
+                where = f"the loss of step {step} in stage {self.detector.stage.name!r}"
+                raise ValueError(f"{where} is {self.latest}{kept}")
+            self.history.rows.append(
+                {"step": step, "stage": self.detector.stage.name} | self.latest
+            )
+        self._unread = []
+
+    def after_step(self) -> None:
+        """Count a step, and average the weights."""
         self.step += 1
-        self.history.rows.append(row)
         if self.average is not None:
             self.average.step(self._learning())
 
@@ -259,10 +335,12 @@ class _Run:
         self.save(None)
 
     def save(self, optimizer) -> None:
-        """Write everything to one file, whole or not at all."""
+        """Write what was learnt to one file, whole or not at all."""
+        self.read()
         if self.path is None or not self.writes:
             return
-        tensors = {f"model.{k}": v for k, v in self.detector.state_dict().items()}
+        state, borrowed = self.detector.state_dict(), _borrowed(self.detector)
+        tensors = {f"model.{k}": v for k, v in state.items() if k.split(".")[0] not in borrowed}
         if optimizer is not None:
             for index, values in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{index}.{key}": v for key, v in values.items()}
@@ -270,6 +348,7 @@ class _Run:
             tensors |= {f"average.{place}": mean for place, mean in enumerate(means)}
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         state = {"identity": self.identity, "stage": self.stage, "step": self.step}
+        state |= {"scaler": self.scaler.state_dict() if optimizer else {}}
         text = json.dumps(state | {"history": self.history.rows})
         write_tensors(tensors, self.path, {"state": text})
 

@@ -205,7 +205,7 @@ def test_ablation_needs_no_noise(alone):
 
 def test_ablation_trains_and_comes_back_from_disk(alone, tmp_path):
     before = [p.clone() for p in alone.parameters()]
-    history = fit(alone, products(), steps=2, batch_size=2, cpu=True, progress=False)
+    history = fit(alone, products(), steps=2, batch_size=2, device="cpu", progress=False)
     assert [row["stage"] for row in history.rows] == ["segmentation"] * 2
     assert not any(map(torch.equal, before, alone.parameters()))
     loaded = load(save(alone, tmp_path / "alone"), method="SegmentationOnly")

@@ -181,7 +181,7 @@ def test_folder_of_another_run_is_refused_and_left_alone(fails, finished, noise_
     files = [finished / name for name in ("weights.safetensors", "weights.json", STATE)]
     before = [path.read_bytes() for path in files]
     words = ["train", noise_root, "--out", finished, *SHORT, "--seed", 4]
-    assert "holds another run (different settings)" in fails(*words)
+    assert "holds another run (different seed)" in fails(*words)
     assert [path.read_bytes() for path in files] == before
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffad_ref import continual, one_for_more
-from diffad_ref.checkpoints import load, read_description
+from diffad_ref.checkpoints import load, read_description, read_tensors
 from diffad_ref.codecs import CodecConfig
 from diffad_ref.continual import (
     PROTECTIONS,
@@ -27,7 +27,7 @@ from diffad_ref.one_for_more import Config, OneForMore
 from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS
 from diffad_ref.tools.toy import CATEGORIES, toy_factory
-from diffad_ref.training import trained_weights
+from diffad_ref.training import STATE
 
 SMALL = Config.tiny(
     32,
@@ -48,6 +48,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:no direction is left")  # small 
 photographs = lru_cache(Photographs)
 
 
+def trained_weights(out):
+    """The detector's state at the last checkpoint of a run."""
+    state = read_tensors(out / STATE)
+    return {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+
+
 def build(config=SMALL):
     """A detector whose codec and features have learned before all tasks: from photographs."""
     torch.manual_seed(0)
@@ -58,7 +64,7 @@ def build(config=SMALL):
 
 def learn(root, out, protection):
     """Train on both tasks, two steps each; returns the detector and its result."""
-    settings = {"gamma": ALL, "energy": ALL, "steps": 2, "batch_size": 2, "cpu": True}
+    settings = {"gamma": ALL, "energy": ALL, "steps": 2, "batch_size": 2, "device": "cpu"}
     settings |= {"protection": protection, "progress": False}
     detector = build()
     return detector, fit_continual(detector, root, TASKS, out, **settings)
@@ -337,7 +343,9 @@ def test_photographs_are_the_start_of_the_first_task_alone(root, tmp_path, monke
     monkeypatch.setattr(one_for_more, "load_shipped", load_shipped)
     settings = {"protection": "none", "later_rate": 0.0, "steps": 1, "batch_size": 2}
     config = replace(SMALL, start="photographs")
-    fit_continual(OneForMore(config), root, TASKS, tmp_path, progress=False, cpu=True, **settings)
+    fit_continual(
+        OneForMore(config), root, TASKS, tmp_path, progress=False, device="cpu", **settings
+    )
     first, second = (trained_weights(tmp_path / f"task_{task}") for task in (1, 2))
     start = build().state_dict()
     assert loaded == ["one_for_more_photographs"]
@@ -358,7 +366,7 @@ def test_detector_that_learns_from_larger_images_gathers_at_the_size_at_which_it
         return real(x, category_index, generator)
 
     monkeypatch.setattr(detector, "judge", judge)
-    settings = {"steps": 1, "batch_size": 2, "cpu": True, "progress": False}
+    settings = {"steps": 1, "batch_size": 2, "device": "cpu", "progress": False}
     result = fit_continual(detector, root, TASKS, tmp_path, **settings)
     assert len(sizes) == 2 + 3 and {size for _, size in sizes} == {32}
     assert sizes[0] == sizes[2] == (2, 32)  # gathered, before what is judged
@@ -371,7 +379,7 @@ def test_recipe_of_a_detector_stays_as_it_is_even_if_a_later_task_breaks_off(
     judged = iter([[]])  # of the first task; in the second there is nothing to come
     monkeypatch.setattr(continual, "judge", lambda *_: next(judged))
     detector = build()
-    settings = {"later_rate": 0.5, "steps": 1, "batch_size": 2, "cpu": True, "progress": False}
+    settings = {"later_rate": 0.5, "steps": 1, "batch_size": 2, "device": "cpu", "progress": False}
     with pytest.raises(StopIteration):
         fit_continual(detector, root, TASKS, tmp_path, protection="none", **settings)
     assert (tmp_path / "task_2").exists() and detector.stages is detector.config.stages

@@ -70,7 +70,7 @@ def test_no_gradient_and_no_step_reaches_an_autoencoder():
     codec.ready.fill_(True)
     before = {name: value.clone() for name, value in codec.state_dict().items()}
     assert not any(p.requires_grad for p in detector.codec.parameters())
-    fit(detector, Images(), 2, 4, progress=False, cpu=True)
+    fit(detector, Images(), 2, 4, progress=False, device="cpu")
     assert all(torch.equal(value, before[name]) for name, value in codec.state_dict().items())
     found = detector.predict(batch_of(2)["image"], torch.tensor([0, 1]))
     assert found.parts["z_0"].shape == (2, 4, 16, 16) and found.score.isfinite().all()
@@ -86,7 +86,7 @@ def test_a_short_training_is_better_than_finding_nothing(monkeypatch):
     def loss():
         return detector.training_loss(batch_of(32), seeded())["loss"].item()
 
-    fit(detector, Images(16), progress=False, cpu=True)
+    fit(detector, Images(16), progress=False, device="cpu")
     trained = loss()
     monkeypatch.setattr(detector.corrector, "forward", lambda z, t, c: torch.zeros_like(z))
     assert trained < 0.8 * loss()

@@ -219,7 +219,7 @@ def test_detector_learns_from_latents_alone(data, path, monkeypatch):
     monkeypatch.setattr(AnomalyFolder, "__getitem__", fail)
     monkeypatch.setattr(type(detector.codec), "posterior", fail)
     before = detector.corrector.unet.conv_out.weight.clone()
-    history = fit(detector, kept, 3, 4, progress=False, cpu=True)
+    history = fit(detector, kept, 3, 4, progress=False, device="cpu")
     assert np.isfinite(history.column("loss")).all() and len(history.rows) == 3
     assert not torch.equal(detector.corrector.unet.conv_out.weight, before)
     assert detector.categories == ("bottle", "carpet")

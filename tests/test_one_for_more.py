@@ -152,7 +152,7 @@ def test_network_that_starts_from_scratch_learns_all_of_its_weights():
 def test_training_leaves_codec_features_and_frozen_weights_as_they_are():
     detector = started()
     before = kept(detector)
-    fit(detector, samples(4), 2, 2, progress=False, cpu=True)
+    fit(detector, samples(4), 2, 2, progress=False, device="cpu")
     moved = {n for n, value in detector.state_dict().items() if not torch.equal(value, before[n])}
     frozen = {name for name, p in detector.named_parameters() if not p.requires_grad}
     assert not moved & frozen

@@ -113,7 +113,9 @@ def diffusion_ad(config, steps, seed=0):
 
 def train(detector, data=None, **settings):
     return fit(
-        detector, Points() if data is None else data, **{"cpu": True, "progress": False, **settings}
+        detector,
+        Points() if data is None else data,
+        **{"device": "cpu", "progress": False, **settings},
     )
 
 
@@ -423,9 +425,11 @@ def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path):
 @pytest.mark.parametrize(
     ("other", "different"),
     [
-        ({"seed": 1}, "settings"),
-        ({"ema": 0.9}, "settings"),
-        ({"accumulate": 2}, "settings"),
+        ({"seed": 1}, "seed"),
+        ({"ema": 0.9}, "ema"),
+        ({"precision": "bf16"}, "precision"),
+        ({"accumulate": 2}, "stages"),
+        ({"checkpointing": True}, "stages"),
         ({"steps": 4}, "stages"),
         ({"batch_size": 3}, "stages"),
         ({"rate": 0.5}, "stages"),
@@ -478,7 +482,7 @@ def test_loss_that_is_not_finite_names_stage_and_step_and_the_last_checkpoint(tm
 def test_bfloat16_trains_every_stage_to_finite_losses(small_config):
     forget_precision()
     try:
-        history = train(diffusion_ad(small_config, 1), Pictures(), mixed_precision="bf16")
+        history = train(diffusion_ad(small_config, 1), Pictures(), precision="bf16")
     finally:
         forget_precision()
     losses = torch.tensor(history.column("loss"))

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import torch
 import torchvision
 import tyro
-from accelerate import Accelerator
+from accelerate import PartialState
 from pandas import DataFrame
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -29,6 +29,7 @@ import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
 from diffad_ref.checkpoints import add_to_record, load_weights, read_description, write_text
 from diffad_ref.continual import ENERGY, GAMMA, PROTECTIONS, check_tasks
+from diffad_ref.detector import PRECISIONS, precision_on
 from diffad_ref.diffusion import seeded
 from diffad_ref.tools import baselines, options, plan, tables
 from diffad_ref.tools.intervals import intervals
@@ -106,6 +107,7 @@ class Train(Command):
             "command": command,
             "seed": self.training.seed,
             "steps": len(history.rows),
+            "precision": precision_on(detector.device, self.training.precision),
             "minutes_since_last_start": round((time.time() - start) / 60, 1),
             "data": {"name": root.name, "images": len(data), "categories": list(data.categories)},
             "versions": versions(),
@@ -131,7 +133,7 @@ class Train(Command):
             print(f"not in {self.imagenet}, or of another shape: {kept}", file=sys.stderr)
         if self.latents:
             still = detector.folder(root, "train", crop=config.image_size, cache=False, **only)
-            detector.to(Accelerator().device).prepare(still)
+            detector.to(PartialState().device).prepare(still)
             return detector, CachedLatents(still, detector.codec, self.latents)
         if photographs:
             return detector, Photographs(detector.view("train")["image_size"])
@@ -193,6 +195,7 @@ class Evaluate(Command):
     set: Settings = ()
     batch_size: Count = 32  # images at a time
     seed: int = 0  # of the noise
+    precision: Literal[PRECISIONS] = "float32"  # of the networks
     protocol: Literal[("exact", *PROTOCOLS)] = "exact"  # or metrics as a released code makes them
     pictures: Path | None = None  # draw best and worst images, as PNG
     save: Path | None = None  # write the report and its commands as JSON
@@ -205,7 +208,11 @@ class Evaluate(Command):
         detector, data, commands = self._baseline() if self.weights in BASELINES else self._loaded()
         protocol = PROTOCOLS.get(self.protocol)
         with peak_memory(detector.device) as peak:
-            report = da.evaluate(detector, data, self.batch_size, self.seed, protocol=protocol)
+            report = da.evaluate(
+                *(detector, data, self.batch_size, self.seed),
+                protocol=protocol,
+                precision=self.precision,
+            )
         found = {"report": tables.to_plain(report), "intervals": intervals(report)}
         note = f"{report.detector}, in %, {report.seconds_per_image:.3g} s per image, "
         note += f"{report.protocol} metrics, at most {peak.bytes / 2**30:.2f} GB of memory"
@@ -240,7 +247,7 @@ class Evaluate(Command):
             other.categories = detector.categories
             load_weights(other, detector.state_dict(), f"{self.weights} with --set")
             detector = other.eval()
-        detector.to(Accelerator().device)
+        detector.to(PartialState().device)
         root = options.root_of(self.data, detector.config.image_size)
         record = read_description(self.weights).get("record") or {}
         commands = [record["command"]] if "command" in record else []
@@ -305,11 +312,12 @@ class Predict(Command):
     out: Path  # folder for heat maps, scores.csv, sheet.html
     category: str | None = None  # what they show, for a model that must know
     batch_size: Count = 32  # images at a time
+    precision: Literal[PRECISIONS] = "float32"  # of the networks
     seed: int = 0  # of the noise
     json: bool = False  # print scores and files as JSON
 
     def run(self, command: str) -> None:
-        detector = da.load(self.weights).to(Accelerator().device)
+        detector = da.load(self.weights).to(PartialState().device)
         data, folder = self._data(detector)
         maps, scores = self._maps_and_scores(detector, data)
         limits = (0.0, max(1.0, maps.max().item()))  # one scale for all; most methods end at 1
@@ -348,7 +356,7 @@ class Predict(Command):
         for number, batch in enumerate(tqdm(DataLoader(data, self.batch_size), "predict")):
             generator = seeded(detector.device, self.seed, number)
             indices = None if index is None else torch.full((len(batch["image"]),), index)
-            prediction = detector.predict(batch["image"], indices, generator)
+            prediction = detector.predict(batch["image"], indices, generator, self.precision)
             maps.append(prediction.anomaly_map.half().cpu())
             scores += prediction.score.tolist()
         return torch.cat(maps).float(), scores

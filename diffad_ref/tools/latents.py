@@ -43,6 +43,8 @@ class CachedLatents(Dataset):
         which; delete the file to compute it anew.
     """
 
+    raw = False  # they have no pictures; but `Feed` may hold them all
+
     def __init__(
         self,
         dataset: AnomalyFolder,

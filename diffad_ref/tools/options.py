@@ -13,6 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 import diffad_ref as da
 from diffad_ref.checkpoints import config_of
+from diffad_ref.detector import PRECISIONS
 
 METHODS = {kind.__name__: kind for kind in (da.DecoDiff, da.DiffusionAD, da.OneForMore)}
 LAYOUT = "a folder in the MVTec layout (<category>/train/good, test/...), or the word toy"
@@ -63,11 +64,14 @@ class Training:
     """How it is trained: arguments of `fit`."""
 
     steps: Count | None = None  # instead of the recipe's
-    batch_size: Count | None = None  # images a step, instead of the recipe's
-    accumulate: Count = 1  # batches a step
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # 16-bit arithmetic, for a GPU
+    batch_size: Count | None = None  # images at a time, instead of the recipe's
+    accumulate: Count | None = None  # batches a step, instead of the recipe's
+    checkpointing: bool = False  # less memory, a third more time
+    precision: Literal[PRECISIONS] = "auto"  # the fastest that the device has
+    compile: bool = False  # compile the networks first: minutes, then faster steps
     ema: float | None = None  # decay of an average of the weights, such as 0.999
-    num_workers: Annotated[int, arg(name="workers")] = 0  # processes that load images
+    # processes that load images; otherwise as many as are needed
+    num_workers: Annotated[int | None, arg(name="workers")] = None
     save_every: Count = 500  # steps between checkpoints
     seed: int = 0  # of the first weights and of all noise
 

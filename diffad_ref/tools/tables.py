@@ -200,7 +200,7 @@ def to_plain(report: Report) -> dict:
         name: frame.astype(object).where(frame.notna(), None).to_dict("records")
         for name, frame in frames.items()
     }
-    names = ("detector", "protocol", "seed", "seconds_per_image")
+    names = ("detector", "protocol", "seed", "precision", "seconds_per_image")
     return {name: getattr(report, name) for name in names} | plain
 
 
