@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.gradient_projection import GradientProjectionMemory, representation
-from diffad_ref.one_for_more import OneForMore
+from diffad_ref.one_for_more import OneForMore, paste
 from diffad_ref.tools import plan as planning
 from diffad_ref.tools.plan import GPUS, Plan, plan
 
@@ -66,6 +66,8 @@ def test_a_plan_is_exactly_what_a_real_step_and_a_real_prediction_take(planned):
     step, kept = counted(lambda: detector.training_loss(batch, seeded())["loss"].backward())
     if isinstance(detector, DiffusionAD):  # making anomalies is not the networks' work
         step -= counted(lambda: detector.with_anomalies(batch, seeded()))[0]
+    if isinstance(detector, OneForMore):
+        step -= counted(lambda: paste(images, detector.config.pasting, seeded()))[0]
     weights = {p.untyped_storage().data_ptr() for p in detector.parameters()}
     prediction, _ = counted(
         lambda: detector.predict(images[..., :32, :32], batch["category_index"])
