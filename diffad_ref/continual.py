@@ -106,11 +106,9 @@ def fit_continual(
     out : path
         Folder for the state after each task: "task_1/weights" and so on, for `load`. A run that
         was interrupted goes on from there, and so does one that is called with more tasks.
-    protection : str
-        One of `PROTECTIONS`.
-    gamma, every : optional
-        Share of an old task's energy that is protected, and gather over every so-manyth training
-        image. By default as in the config; if it does not say, `GAMMA` and each image.
+    protection, gamma, every
+        One of `PROTECTIONS`; the share of an old task's energy that is protected; to gather over
+        every so-manyth training image. By default as in the config, or else `GAMMA` and 1.
     later_rate, later_steps
         `rate` and `steps` of `fit` in every task but the first: a network that starts small must
         move far in its first task; later it should not.

@@ -52,8 +52,8 @@ def extend_basis(
     memory : Tensor (features, r) or None
         M, orthonormal columns; None before the first task.
     matrix : Tensor (features, samples)
-        R, representations of the task, or the `matrix` of an `IterativeSVD`. Or, if `squared`,
-        R Rᵀ: its eigenvectors and values are all that the rules ask for.
+        R, representations of the task, or the `matrix` of an `IterativeSVD`; or, if `squared`,
+        R Rᵀ, which is overwritten: its eigenvectors and values are all that the rules ask for.
     gamma : float
         Share of the representations' energy that M must span.
     columns, reach
@@ -65,9 +65,9 @@ def extend_basis(
     square = matrix if squared else matrix.double() @ matrix.double().T
     total = square.trace().double()
     memory = square[:, :0] if memory is None else memory.to(square)
-    residual = square - memory @ (memory.T @ square)  # G2: R_hat = R - M Mᵀ R, from the left ...
-    residual -= (residual @ memory) @ memory.T  # ... and from the right: R_hat R_hatᵀ
-    squares, vectors = torch.linalg.eigh(residual)
+    square -= memory @ (memory.T @ square)  # G2: R_hat = R - M Mᵀ R, from the left ...
+    square -= (square @ memory) @ memory.T  # ... and from the right: R_hat R_hatᵀ
+    squares, vectors = torch.linalg.eigh(square)
     squares, vectors = squares.flip(0).clamp(min=0).double(), vectors.flip(1)
     rank = rank_reaching(squares, gamma, total, total - squares.sum())  # G1, G3
     if not (reach or memory.shape[1]):
@@ -109,25 +109,21 @@ class GradientProjectionMemory:
 
     By default all layers with trainable weights are protected; `choose(name, layer)` takes fewer.
     `gamma` is the share of a task's energy that the memory spans: 1 forbids every change that old
-    inputs would feel, 0 allows all. While gathering, a layer holds R Rᵀ, however many columns R
-    has; where all layers together exceed a `budget` of bytes, gather in `groups`.
-
-    `bases` holds M of each layer (features, r), or of layers in `free`, more than half full, the
-    complement; `basis` gives M in any case. They go where they are used, and rest on the CPU.
+    inputs would feel, 0 allows all. A layer gathers R Rᵀ, as large for many columns as for few; if
+    all layers together need more bytes than the `budget`, gather in `groups`. `bases` holds M of
+    each layer (features, r), or, if that is more than half full and so in `free`, its complement.
+    They rest on the CPU until a step needs them. `basis` gives M in any case.
     """
 
-    def __init__(self, model: nn.Module, choose=None, gamma: float = 0.97, budget: float = 7e9):
+    def __init__(self, model: nn.Module, choose=None, gamma: float = 0.97, budget: float = 8e9):
         self.model, self.gamma, self.budget = model, gamma, budget
         choose = choose or (lambda name, layer: layer.weight.requires_grad)
         modules = model.named_modules()
         self.layers = {name: m for name, m in modules if supported(m) and choose(name, m)}
         if not self.layers:
             raise ValueError("the network has no layer to protect")
-        self.bases: dict[str, Tensor] = {}
-        self.free: set[str] = set()
-        self.squares: dict[str, Tensor] = {}
+        self.bases, self.free, self.squares, self._before = {}, set(), {}, {}
         self.samples = dict.fromkeys(self.layers, 0)  # columns seen since the last `extend`
-        self._before: dict[str, Tensor] = {}
 
     def groups(self) -> list[list[str]]:
         """Names of layers whose squares fit into the budget together: one gathering each."""
@@ -156,12 +152,14 @@ class GradientProjectionMemory:
         finally:
             for hook in hooks:
                 hook.remove()
-        counts = torch.tensor(list(self.samples.values()), device=self.squares[[*layers][0]].device)
+        counts = torch.tensor(
+            list(self.samples.values()), device=next(self.model.parameters()).device
+        )
         self.samples = dict(zip(layers, from_all(counts).tolist(), strict=True))
         traces = torch.stack([from_all(s).trace().double() for s in self.squares.values()])
-        if broken := [n for n, t in zip(layers, traces.tolist(), strict=True) if not isfinite(t)]:
-            words = "the representations hold NaN or infinite values"
-            raise ValueError(f"layer {broken[0]!r}: {words}")
+        for name, trace in zip(layers, traces.tolist(), strict=True):
+            if not isfinite(trace):
+                raise ValueError(f"layer {name!r}: the representations hold NaN or infinite values")
 
     @torch.no_grad()
     def _see(self, name: str, layer: nn.Module, inputs: tuple) -> None:

@@ -74,9 +74,8 @@ class Config:
     # Comparison.
     stages_compared: tuple[int, ...] = (1, 2, 3)  # of the ResNet
     sigma: float = 5.0  # pixels, of the map's smoothing
-    # Memory after a task. The released gamma is 0.5 for later tasks, of directions, not of energy.
-    gamma: float = 0.999  # share of the energy that is protected
-    every: int = 10  # gather over every so-manyth training image
+    gamma: float = 0.999  # share of a task's energy that the memory protects
+    every: int = 10  # the memory gathers over every so-manyth training image
     # One task: 500 epochs of some 1,000 images.
     stages: tuple[Stage, ...] = (
         Stage("task", 40_000, 12, dict.fromkeys(("unet", "condition"), Rate(1e-5)), "adamw", 1e-2),

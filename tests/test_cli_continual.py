@@ -297,7 +297,7 @@ def test_category_that_the_data_lack_is_answered_with_the_known_ones(root, tmp_p
         (["--order", "toy", "--tasks", "gear"], "are not allowed together"),
         (["--order", "mvtec 1-1"], "invalid choice 'mvtec 1-1' for argument '--order'"),
         (["--tasks", "gear", "--protection", "all"], "invalid choice 'all' for argument"),
-        (["--tasks", "gear", "--every", "0"], "--every: must be at least 1, not 0"),
+        (["--tasks", "gear", "--every", "0"], "must be at least 1, not 0"),
         (["--tasks", "gear", "--textures", "folder"], "Unrecognized options"),
     ],
 )
