@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.diffusion_ad import DiffusionAD
-from diffad_ref.gradient_projection import GradientProjectionMemory, representation
+from diffad_ref.gradient_projection import GradientProjectionMemory, project, representation
 from diffad_ref.one_for_more import OneForMore, paste
 from diffad_ref.tools import plan as planning
 from diffad_ref.tools.plan import GPUS, Plan, plan
@@ -161,3 +161,9 @@ def test_the_memory_bill_counts_the_columns_that_representations_have():
     assert bill["0"]["plain"] == 18 * 16 * 10 * 4
     assert bill["0"]["iterative"] == 18 * (16 + 18) * 4
     assert bill["2"]["features"] == 64 and bill["2"]["columns"] == 1
+    assert bill["2"]["square"] == 64 * 64 * 8 and bill["2"]["memory"] == 64 * 32 * 4
+    for name, layer in layers.items():
+        step, half = layer.weight.detach(), bill[name]["features"] // 2
+        with FlopCounterMode(display=False) as counted:
+            project(step, torch.zeros(bill[name]["features"], half))
+        assert bill[name]["flops"] == counted.get_total_flops()

@@ -24,6 +24,7 @@ from diffad_ref import one_for_more
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector
 from diffad_ref.diffusion_ad import DiffusionAD
+from diffad_ref.gradient_projection import square_of
 from diffad_ref.one_for_more import OneForMore
 from diffad_ref.tools.tables import Shown, rows
 
@@ -205,7 +206,7 @@ def hours_table(plans: list[Plan], utilisation: float = UTILISATION) -> Shown:
 def memory_bill(
     layers: dict[str, nn.Module], run: Callable[[], object], images: int, itemsize: int = 4
 ) -> list[dict]:
-    """What a plain and an iterative SVD have to hold, layer by layer.
+    """What three ways to the singular vectors have to hold, and what a memory holds then, by layer.
 
     Nothing is computed beyond the run itself, which may be on the meta device: a network of any
     size can be asked on any machine.
@@ -224,8 +225,10 @@ def memory_bill(
     Returns
     -------
     list of dict
-        For each layer its features, the columns that one image gives, and the bytes of the whole
-        matrix ("plain") and of one image's chunk with the basis before it ("iterative").
+        For each layer its features, the columns that one image gives, and bytes: of the whole
+        matrix ("plain"), of one image's chunk with the basis before it ("iterative"), of R Rᵀ
+        ("square"), and of the largest basis that a memory keeps, of half the directions ("memory").
+        "flops" are those of projecting a step on it.
     """
     columns = dict.fromkeys(layers, 0)
 
@@ -247,5 +250,8 @@ def memory_bill(
         held = chunk + min(features, chunk * images)
         row = {"layer": name, "features": features, "columns": chunk}
         row["plain"] = features * chunk * images * itemsize
-        bill.append(row | {"iterative": features * min(held, chunk * images) * itemsize})
+        row["iterative"] = features * min(held, chunk * images) * itemsize
+        row["square"] = square_of(layer, "meta").nbytes
+        row["memory"] = features * (features // 2) * itemsize
+        bill.append(row | {"flops": 4 * layer.weight.numel() * (features // 2)})
     return bill
