@@ -118,7 +118,7 @@ def training_step(detector: Detector, batch: dict, precision: str, guard=None) -
     generator = torch.Generator(detector.device).manual_seed(0)
 
     def step():
-        with arithmetic(detector.device, precision):
+        with arithmetic(detector, precision):
             loss = detector(batch, generator)["loss"]
         loss.backward()
         optimizer.step()

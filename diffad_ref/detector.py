@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffad_ref.data import AnomalyFolder
+from diffad_ref.networks import lean
 
 PRECISIONS = ("auto", "float32", "tf32", "bf16", "fp16")
 
@@ -33,15 +34,17 @@ def precision_on(device: torch.device, wanted: str = "auto") -> str:
 
 
 @contextmanager
-def arithmetic(device: torch.device, precision: str):
+def arithmetic(detector: Detector, precision: str):
     """Networks compute at this precision; all but float32 allow TF32, with 10 bits of mantissa."""
     settings = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [s.allow_tf32 for s in settings]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if dtype is not None:
+        lean(detector)
     try:
         for s in settings:
             s.allow_tf32 = precision != "float32"
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        with torch.autocast(detector.device.type, dtype) if dtype else nullcontext():
             yield
     finally:
         for s, value in zip(settings, before, strict=True):
@@ -165,7 +168,7 @@ class Detector(nn.Module, ABC):
         index = self.classes_of(category_index, len(images))
         generator, training = generator or torch.Generator().manual_seed(0), self.training
         try:
-            with arithmetic(self.device, precision_on(self.device, precision)):
+            with arithmetic(self, precision_on(self.device, precision)):
                 x = images.to(self.device, non_blocking=True)
                 found = self.eval().judge(x, index, generator)
         finally:

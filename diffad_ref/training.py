@@ -155,7 +155,7 @@ def _train(run: _Run, stage: Stage, optimizer, batches: Iterator[dict], seed: in
             torch.manual_seed(generator.initial_seed())  # of dropout
             alone = world > 1 and micro < stage.accumulate - 1
             with model.no_sync() if alone else nullcontext(), _enough_memory(run, stage):
-                with arithmetic(device, precision):
+                with arithmetic(run.detector, precision):
                     losses = model(next(batches), generator)
                 scaler.scale(losses["loss"] / stage.accumulate).backward()
             run.note(losses, 1 / stage.accumulate)
