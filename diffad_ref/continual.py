@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from diffad_ref.checkpoints import read_tensors, save, write_tensors, write_text
 from diffad_ref.data import AnomalyFolder
-from diffad_ref.detector import Detector
+from diffad_ref.detector import Detector, precision_on
 from diffad_ref.diffusion import seeded
 from diffad_ref.evaluation import evaluate
 from diffad_ref.gradient_projection import GradientProjectionMemory
@@ -173,6 +173,7 @@ def _learn(detector, memory, root, tasks, protection: str, every: int, options: 
     rows = [{"task": len(before)} | row for row in judge(detector, root, seen, bar)]
     record = {"tasks": tasks, "seed": options["seed"], "steps": len(history.rows)}
     record |= {"data": {"images": len(train), "categories": task}}
+    record["precision"] = precision_on(detector.device, options.get("precision", "auto"))
     if PartialState().is_main_process:
         save(detector, folder / "weights", record | {"final_losses": history.ending()}, half=True)
         write_tensors(memory.state_dict(), folder / "memory.safetensors")
