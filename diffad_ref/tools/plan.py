@@ -1,35 +1,50 @@
 """What a run will cost, before it is started: weights, arithmetic, memory, hours.
 
-On PyTorch's meta device a tensor has a shape and no numbers, so a method of any size can be sent
-through a training step on any machine, by the very code that trains it. The arithmetic is counted
-operation by operation, and so is what is kept for the backward pass. Only the hours are an
-estimate: nobody reaches a GPU's peak, and which share is reached has to be assumed.
+A fake tensor has a shape, a type and a storage of so many bytes, and no numbers. So a training step
+of any size runs on any machine, by the very code that trains; every allocation is followed, and
+the most that is ever held at once is the memory that a card must have. GB are 2³⁰ bytes, as on a
+card. Hours stand on measurements: nobody reaches a card's peak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from unittest.mock import patch
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from pandas import DataFrame
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffad_ref import one_for_more
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector
 from diffad_ref.diffusion_ad import DiffusionAD
+from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.one_for_more import OneForMore
 from diffad_ref.tools.tables import Shown, rows
+from diffad_ref.training import OPTIMIZERS
 
-# Dense 16-bit matrix arithmetic in TFLOP/s, and memory in GB, as the maker states them.
-GPUS = {"T4": (65, 16), "A100 80 GB": (312, 80), "H100 SXM": (989, 80)}
-UTILISATION = 0.25  # share of the peak; a guess, better measured on the machine at hand
+ATEN, GB = torch.ops.aten, 2**30
+# Dense 16-bit matrix arithmetic in TFLOP/s, the same in float32, and memory in GB, as the maker
+# states them. A T4 has no bf16, and takes fp16.
+GPUS = {"T4": (65, 8.1, 16), "A100 80 GB": (312, 19.5, 80), "H100 SXM": (989, 67, 80)}
+# The share of the 16-bit peak that a bf16 training step reached on an H100, at the paper's size and
+# the recipe's batch: arithmetic over seconds (16 images in 0.526 s, 128 latents in 0.264 s, 12
+# images in 0.357 s; PyTorch 2.11, nothing compiled). Other cards are assumed to reach the same.
+SHARES = {"DiffusionAD": 0.11, "DecoDiff": 0.30, "OneForMore": 0.03}
+MATRIX_SHARE = 0.5  # of the float32 peak, of products of large matrices: assumed, not measured
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16}  # fp16 needs what bf16 does
+BLOCK = 512  # bytes: PyTorch's allocator on a card hands out multiples
 
 
 @dataclass(frozen=True)
@@ -43,12 +58,13 @@ class Plan:
     step_flops, predict_flops : int
         Arithmetic for one image: of a training step, forward and backward, and of a prediction.
         A multiplication and an addition are two.
-    kept_bytes : int
-        What one image leaves in memory between forward and backward, in float32.
+    peaks : dict
+        For each of `PRECISIONS`, moments of a step at which memory can be highest, as bytes that
+        are held in any case and bytes an image.
+    steps, batch_size : int
+        Of the whole recipe; of its last stage.
     images : int
         Images that the whole recipe shows the network, repetitions counted.
-    batch_size : int
-        Of the recipe's last stage.
     """
 
     method: str
@@ -56,107 +72,212 @@ class Plan:
     learning: int
     step_flops: int
     predict_flops: int
-    kept_bytes: int
+    peaks: dict[str, tuple[tuple[int, int], ...]]
     images: int
+    steps: int
     batch_size: int
 
-    def memory(self, batch_size: int | None = None, half: bool = False) -> float:
-        """GB of a training step: weights, gradients, Adam's two averages, and what is kept.
+    def memory(self, batch_size: int | None = None, precision: str = "float32") -> float:
+        """GB that a training step allocates at most; its batch is by default the recipe's.
 
-        Parameters
-        ----------
-        batch_size : int, optional
-            Images a step; by default the recipe's.
-        half : bool
-            bf16 autocast: what is kept counts half. Weights and averages stay float32.
+        Weights, gradients, Adam's averages, 16-bit copies and all that lives between: no context
+        of CUDA (half a GB), and no gaps between allocations.
         """
-        kept = self.kept_bytes * (batch_size or self.batch_size) * (0.5 if half else 1)
-        return (4 * self.weights + 12 * self.learning + kept) / 1e9
+        n = batch_size or self.batch_size
+        return max(fixed + n * each for fixed, each in self.peaks[precision]) / GB
 
-    def hours(self, gpu: str, utilisation: float = UTILISATION) -> float:
-        """Of the whole recipe on one of `GPUS`."""
-        if not 0 < utilisation <= 1:
-            raise ValueError(f"utilisation is a share in (0, 1], not {utilisation}")
-        return self.step_flops * self.images / (GPUS[gpu][0] * 1e12 * utilisation) / 3600
+    def largest_batch(self, gigabytes: float, precision: str = "float32") -> int:
+        """The most images a step that so much memory holds; 0 if not even one fits."""
+        room = [(gigabytes * GB - fixed, each) for fixed, each in self.peaks[precision]]
+        if any(free < 0 for free, _ in room):
+            return 0
+        return int(min(free // each for free, each in room if each))
+
+    def hours(self, gpu: str, share: float | None = None) -> float:
+        """Of the whole recipe on one of `GPUS`, at its share of the peak in 16 bit."""
+        share = SHARES.get(self.method) if share is None else share
+        if share is None or not 0 < share <= 1:
+            raise ValueError(f"utilisation is a share in (0, 1], not {share}")
+        return self.step_flops * self.images / (GPUS[gpu][0] * 1e12 * share) / 3600
 
 
-def plan(detector: Detector) -> Plan:
+def plan(detector: Detector, latents: bool = False) -> Plan:
     """Count what one image costs a detector, in the last stage of its recipe.
 
-    The detector stays as it is: a copy of it goes to the meta device. The synthesis of anomalies,
-    which asks for values, is left out and costs nothing.
+    The detector stays as it is: a copy of it is made of fake tensors. With `latents` it learns
+    from posteriors that the codec has computed before.
     """
     detector = deepcopy(detector).to("meta")
-    detector.enter(detector.stages[-1])
-    weights, generator = list(detector.parameters()), torch.Generator()
-    category = torch.zeros(1, dtype=torch.long, device="meta")
-
-    def image(side: int) -> Tensor:
-        return torch.zeros(1, 3, side, side, device="meta")
-
-    batch = {"image": image(detector.view("train")["image_size"]), "category_index": category}
-    keep = _Kept(weights)
-    with _without_values():
-        with FlopCounterMode(display=False) as step, saved_tensors_hooks(keep, lambda kept: kept):
-            detector.train().training_loss(batch, generator)["loss"].backward()
-        with FlopCounterMode(display=False) as prediction, torch.no_grad():
-            detector.eval().judge(image(detector.config.image_size), category, generator)
+    detector.enter(stage := detector.stages[-1])
+    weights, category = list(detector.parameters()), torch.zeros(1, dtype=torch.long, device="meta")
+    image = torch.zeros(1, 3, *[detector.config.image_size] * 2, device="meta")
+    with FlopCounterMode(display=False) as prediction, torch.no_grad():
+        deepcopy(detector).eval().judge(image, category, torch.Generator())
+    with FlopCounterMode(display=False) as step:
+        _step(detector, 2, None, latents)
     return Plan(
         type(detector).__name__,
         sum(p.numel() for p in weights),
         sum(p.numel() for p in weights if p.requires_grad),
-        step.get_total_flops(),
+        step.get_total_flops() // 2,
         prediction.get_total_flops(),
-        keep.bytes,
-        sum(stage.steps * stage.batch_size for stage in detector.stages),
-        detector.stages[-1].batch_size,
+        {
+            name: _peaks(*(_step(detector, n, dtype, latents) for n in (2, 4)))
+            for name, dtype in PRECISIONS.items()
+        },
+        sum(stage.steps * stage.batch_size * stage.accumulate for stage in detector.stages),
+        sum(stage.steps for stage in detector.stages),
+        stage.batch_size,
     )
 
 
-class _Kept:
-    """What the backward pass will need, in bytes; each storage counts once, a weight's never."""
-
-    def __init__(self, weights: list[Tensor]):
-        self.bytes, self._seen = 0, {p.untyped_storage()._cdata for p in weights}
-        self._alive = []  # else a storage's name could be given to another
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self._alive.append(tensor)
-            self.bytes += storage.nbytes()
-        return tensor
+# ---------------------------------------------------------------------------------- a step's memory
 
 
-def _without_values() -> ExitStack:
-    """A context in which nothing asks for values, of which a meta tensor has none."""
+class Allocations(TorchDispatchMode):
+    """Bytes of all storages that are alive, after each operation that made one, in `held`.
 
-    def with_anomalies(self, batch, generator):
-        x = batch["image"].clone()
-        return x, torch.zeros_like(x[:, :1]), x.new_zeros(len(x))
+    Whoever asks for a value of a fake tensor gets 1, or True: all of a batch are chosen.
+    """
 
+    def __init__(self):
+        super().__init__()
+        self.held, self._alive, self._now = [], set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is ATEN._local_scalar_dense.default:
+            return 1
+        if function in (ATEN.index.Tensor, ATEN.index_put_.default):
+            args = (args[0], [_all_of(index) for index in args[1]], *args[2:])
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        return made
+
+    def _hold(self, storage) -> None:
+        if (place := storage._cdata) in self._alive:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self._alive.add(place)
+        self._now += size
+        self.held.append(self._now)
+        weakref.finalize(storage, self._free, place, size)
+
+    def _free(self, place: int, size: int) -> None:
+        self._alive.remove(place)
+        self._now -= size
+
+
+def _all_of(index: Tensor | None) -> Tensor | None:
+    if index is None or index.dtype is not torch.bool:
+        return index
+    return torch.zeros(index.numel(), dtype=torch.long, device=index.device)
+
+
+def _step(detector: Detector, batch_size: int, dtype: torch.dtype | None, latents: bool) -> list:
+    """Bytes that are held during the second step of a training, allocation by allocation.
+
+    The tensors say that they are on the CPU: for others PyTorch's backward pass asks for a driver.
+    """
+    detector, stage = deepcopy(detector).train(), detector.stage
+    with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_card(), Allocations() as memory:
+        detector.to_empty(device="cpu")
+        if hasattr(detector, "textures"):  # else real ones, of which a fake copy would be kept
+            detector.textures = torch.zeros(15, 3, 256, 256, dtype=torch.uint8)
+        groups, decay = detector.parameter_groups(), stage.weight_decay
+        optimizer = OPTIMIZERS[stage.optimizer](groups, weight_decay=decay, fused=True)
+        for p in detector.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        optimizer.step()  # the averages are there from now on
+        optimizer.zero_grad()
+        memory.held.clear()
+        batch = _batch(detector, batch_size, latents)
+        with torch.autocast("cpu", dtype) if dtype else nullcontext():
+            loss = detector.training_loss(batch, torch.Generator())["loss"]
+        loss.backward()
+        optimizer.step()
+    return memory.held
+
+
+def _batch(detector: Detector, count: int, latents: bool) -> dict[str, Tensor]:
+    side = detector.view("train")["image_size"]
+    batch = {"category_index": torch.zeros(count, dtype=torch.long)}
+    batch["texture"] = torch.zeros(count, dtype=torch.bool)
+    if not latents:
+        return batch | {"image": torch.zeros(count, 3, side, side)}
+    codec, size = detector.codec.config, detector.config.image_size
+    return batch | {
+        "posterior": torch.zeros(count, 2 * codec.channels, *[size // codec.factor] * 2)
+    }
+
+
+def _peaks(two: list[int], four: list[int]) -> tuple[tuple[int, int], ...]:
+    """The moments that are highest at some batch size, from batches of 2 and of 4.
+
+    What is held at a moment is a straight line over the batch size.
+    """
+    each = np.subtract(four, two) // 2
+    fixed = np.array(two) - 2 * each
+    highest = {int(np.argmax(fixed + n * each)) for n in range(1, 1025)}
+    return tuple(sorted((int(fixed[i]), int(each[i])) for i in highest))
+
+
+def _as_on_a_card() -> ExitStack:
+    """A context in which functions allocate on the CPU what they allocate on a GPU."""
     stack = ExitStack()
-    for place, name, instead in (
-        (DiffusionAD, "with_anomalies", with_anomalies),
-        (one_for_more, "paste", lambda images, *_: images.clone()),
-        (torch, "autocast", lambda *_, **__: nullcontext()),  # knows no meta device
+    for name, instead in (
+        ("scaled_dot_product_attention", _fused_attention),
+        ("dropout", _fused_dropout),
+        ("group_norm", _in_float32(F.group_norm)),
+        ("layer_norm", _in_float32(F.layer_norm)),
     ):
-        stack.enter_context(patch.object(place, name, instead))
+        stack.enter_context(patch.object(F, name, instead))
     return stack
+
+
+def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    """The kernels that never form the matrix of attention: flash, or with a mask the other."""
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+    if attn_mask is None and q.dtype is not torch.float32:
+        flash = ATEN._scaled_dot_product_flash_attention
+        return flash(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
+    efficient = ATEN._scaled_dot_product_efficient_attention
+    return efficient(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
+def _fused_dropout(x, p=0.5, training=True, inplace=False):
+    """Keeps a byte a number, where the CPU keeps a number."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+def _in_float32(function: Callable) -> Callable:
+    """Autocast on a GPU copies what these get to float32; on the CPU it does not."""
+
+    def copied(x, *arguments, **options):
+        if not torch.is_autocast_enabled("cpu"):
+            return function(x, *arguments, **options)
+        with torch.autocast("cpu", enabled=False):
+            return function(x.float(), *arguments, **options)
+
+    return copied
 
 
 # ------------------------------------------------------------------------------------------ tables
 
 
-def paper_plans() -> list[Plan]:
-    """The three methods at the size of their papers, without memory for their weights."""
+@cache
+def paper_plans() -> tuple[Plan, ...]:
+    """The three methods at the size of their papers; DeCo-Diff learns from latents."""
     with torch.device("meta"):
         detectors = [method.paper() for method in (DiffusionAD, DecoDiff, OneForMore)]
-    return [plan(detector) for detector in detectors]
+    return tuple(plan(detector, isinstance(detector, DecoDiff)) for detector in detectors)
 
 
-def size_table(plans: list[Plan]) -> Shown:
+def size_table(plans: Sequence[Plan]) -> Shown:
     """Weights and arithmetic, one row a method."""
     return rows(
         [
@@ -173,24 +294,26 @@ def size_table(plans: list[Plan]) -> Shown:
     )
 
 
-def memory_table(plans: list[Plan], batches: tuple[int, ...] = (1, 4, 16)) -> Shown:
+def memory_table(plans: Sequence[Plan], batches: tuple[int, ...] = (1, 4, 16)) -> Shown:
     """GB of a training step by batch size and precision, one row a method and precision.
 
-    Besides the batches that are asked for, each method has its recipe's.
+    Besides the batches that are asked for, each method has its recipe's, and the largest that a
+    card of 80 GB holds, of which it leaves 78 to tensors.
     """
     found, all_sizes = [], sorted({*batches, *(p.batch_size for p in plans)})
     for p in plans:
         sizes = {*batches, p.batch_size}
-        for half, precision in ((False, "float32"), (True, "bf16 autocast")):
+        for precision in PRECISIONS:
             memory = {
-                f"batch {n}, GB": p.memory(n, half) if n in sizes else None for n in all_sizes
+                f"batch {n}, GB": p.memory(n, precision) if n in sizes else None for n in all_sizes
             }
             found.append({"method": p.method, "precision": precision} | memory)
+            found[-1]["largest batch in 80 GB"] = p.largest_batch(78, precision)
     return Shown(DataFrame(found).set_index(["method", "precision"]))
 
 
-def hours_table(plans: list[Plan], utilisation: float = UTILISATION) -> Shown:
-    """Hours of the whole recipe by GPU, one row a method."""
+def hours_table(plans: Sequence[Plan], utilisation: float | None = None) -> Shown:
+    """Hours of the whole recipe by GPU, one row a method; by default at the `SHARES`."""
     return rows(
         [
             {"method": p.method} | {f"{gpu}, h": p.hours(gpu, utilisation) for gpu in GPUS}
