@@ -34,7 +34,7 @@ from diffad_ref.one_for_more import OneForMore
 from diffad_ref.tools.tables import Shown, rows
 from diffad_ref.training import OPTIMIZERS
 
-ATEN, GB = torch.ops.aten, 2**30
+ATEN, CPU, GB = torch.ops.aten, torch.device("cpu"), 2**30
 # Dense 16-bit matrix arithmetic in TFLOP/s, the same in float32, and memory in GB, as the maker
 # states them. A T4 has no bf16, and takes fp16.
 GPUS = {"T4": (65, 8.1, 16), "A100 80 GB": (312, 19.5, 80), "H100 SXM": (989, 67, 80)}
@@ -113,18 +113,14 @@ def plan(detector: Detector, latents: bool = False) -> Plan:
     image = torch.zeros(1, 3, *[detector.config.image_size] * 2, device="meta")
     with FlopCounterMode(display=False) as prediction, torch.no_grad():
         deepcopy(detector).eval().judge(image, category, torch.Generator())
-    with FlopCounterMode(display=False) as step:
-        _step(detector, 2, None, latents)
+    step_flops, peaks = _step(detector.train(), latents)
     return Plan(
         type(detector).__name__,
         sum(p.numel() for p in weights),
         sum(p.numel() for p in weights if p.requires_grad),
-        step.get_total_flops() // 2,
+        step_flops,
         prediction.get_total_flops(),
-        {
-            name: _peaks(*(_step(detector, n, dtype, latents) for n in (2, 4)))
-            for name, dtype in PRECISIONS.items()
-        },
+        peaks,
         sum(stage.steps * stage.batch_size * stage.accumulate for stage in detector.stages),
         sum(stage.steps for stage in detector.stages),
         stage.batch_size,
@@ -145,6 +141,8 @@ class Allocations(TorchDispatchMode):
         self.held, self._alive, self._now = [], set(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:
+            return CPU
         if function is ATEN._local_scalar_dense.default:
             return 1
         if function in (ATEN.index.Tensor, ATEN.index_put_.default):
@@ -175,29 +173,36 @@ def _all_of(index: Tensor | None) -> Tensor | None:
     return torch.zeros(index.numel(), dtype=torch.long, device=index.device)
 
 
-def _step(detector: Detector, batch_size: int, dtype: torch.dtype | None, latents: bool) -> list:
-    """Bytes that are held during the second step of a training, allocation by allocation.
+def _step(detector: Detector, latents: bool) -> tuple[int, dict]:
+    """Arithmetic of a training step for one image, and `Plan.peaks`; the detector becomes fake.
 
     The tensors say that they are on the CPU: for others PyTorch's backward pass asks for a driver.
     """
-    detector, stage = deepcopy(detector).train(), detector.stage
     with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_card(), Allocations() as memory:
         detector.to_empty(device="cpu")
         if hasattr(detector, "textures"):  # else real ones, of which a fake copy would be kept
             detector.textures = torch.zeros(15, 3, 256, 256, dtype=torch.uint8)
-        groups, decay = detector.parameter_groups(), stage.weight_decay
-        optimizer = OPTIMIZERS[stage.optimizer](groups, weight_decay=decay, fused=True)
+        groups, stage = detector.parameter_groups(), detector.stage
+        kind, decay = OPTIMIZERS[stage.optimizer], stage.weight_decay
+        optimizer = kind(groups, weight_decay=decay, fused=True)
         for p in detector.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         optimizer.step()  # the averages are there from now on
-        optimizer.zero_grad()
-        memory.held.clear()
-        batch = _batch(detector, batch_size, latents)
-        with torch.autocast("cpu", dtype) if dtype else nullcontext():
-            loss = detector.training_loss(batch, torch.Generator())["loss"]
-        loss.backward()
-        optimizer.step()
-    return memory.held
+
+        def held(count: int, dtype: torch.dtype | None) -> list[int]:
+            optimizer.zero_grad()
+            memory.held = []
+            batch = _batch(detector, count, latents)
+            with torch.autocast("cpu", dtype) if dtype else nullcontext():
+                loss = detector.training_loss(batch, torch.Generator())["loss"]
+            loss.backward()
+            optimizer.step()
+            return memory.held
+
+        peaks = {name: _peaks(held(2, t), held(4, t)) for name, t in PRECISIONS.items()}
+        with FlopCounterMode(display=False) as counter:
+            held(2, None)
+    return counter.get_total_flops() // 2, peaks
 
 
 def _batch(detector: Detector, count: int, latents: bool) -> dict[str, Tensor]:
