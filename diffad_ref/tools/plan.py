@@ -1,29 +1,21 @@
 """What a run will cost, before it is started: weights, arithmetic, memory, hours.
 
-A fake tensor has a shape, a type and a storage of so many bytes, and no numbers. So a training step
-of any size runs on any machine, by the very code that trains; every allocation is followed, and
-the most that is ever held at once is the memory that a card must have. GB are 2³⁰ bytes, as on a
-card. Hours stand on measurements: nobody reaches a card's peak.
+A training step runs as it is, on tensors without numbers: its arithmetic is counted, and every
+allocation is followed (`allocations.py`). The most that is ever held at once is what a card must
+have. GB are 2³⁰ bytes, as on a card. Hours stand on measurements: nobody reaches a card's peak.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pandas import DataFrame
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffad_ref.deco_diff import DecoDiff
@@ -31,10 +23,10 @@ from diffad_ref.detector import Detector
 from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.one_for_more import OneForMore
+from diffad_ref.tools.allocations import PRECISIONS, training_step
 from diffad_ref.tools.tables import Shown, rows
-from diffad_ref.training import OPTIMIZERS
 
-ATEN, CPU, GB = torch.ops.aten, torch.device("cpu"), 2**30
+GB = 2**30
 # Dense 16-bit matrix arithmetic in TFLOP/s, the same in float32, and memory in GB, as the maker
 # states them. A T4 has no bf16, and takes fp16.
 GPUS = {"T4": (65, 8.1, 16), "A100 80 GB": (312, 19.5, 80), "H100 SXM": (989, 67, 80)}
@@ -43,8 +35,6 @@ GPUS = {"T4": (65, 8.1, 16), "A100 80 GB": (312, 19.5, 80), "H100 SXM": (989, 67
 # images in 0.357 s; PyTorch 2.11, nothing compiled). Other cards are assumed to reach the same.
 SHARES = {"DiffusionAD": 0.11, "DecoDiff": 0.30, "OneForMore": 0.03}
 MATRIX_SHARE = 0.5  # of the float32 peak, of products of large matrices: assumed, not measured
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16}  # fp16 needs what bf16 does
-BLOCK = 512  # bytes: PyTorch's allocator on a card hands out multiples
 
 
 @dataclass(frozen=True)
@@ -59,12 +49,14 @@ class Plan:
         Arithmetic for one image: of a training step, forward and backward, and of a prediction.
         A multiplication and an addition are two.
     peaks : dict
-        For each of `PRECISIONS`, moments of a step at which memory can be highest, as bytes that
+        For each of `allocations.PRECISIONS`, moments of a step at which memory can be highest, as bytes that
         are held in any case and bytes an image.
     steps, batch_size : int
         Of the whole recipe; of its last stage.
     images : int
         Images that the whole recipe shows the network, repetitions counted.
+    protection : Protection, optional
+        Of a method that learns tasks one after the other, what its memory costs besides.
     """
 
     method: str
@@ -76,6 +68,7 @@ class Plan:
     images: int
     steps: int
     batch_size: int
+    protection: Protection | None = None
 
     def memory(self, batch_size: int | None = None, precision: str = "float32") -> float:
         """GB that a training step allocates at most; its batch is by default the recipe's.
@@ -100,6 +93,61 @@ class Plan:
             raise ValueError(f"utilisation is a share in (0, 1], not {share}")
         return self.step_flops * self.images / (GPUS[gpu][0] * 1e12 * share) / 3600
 
+    def protected_hours(self, gpu: str, share: float | None = None) -> float:
+        """Of a task after the first: the recipe, every step projected, and then the gathering."""
+        cost, peak = self.protection, GPUS[gpu][1] * 1e12 * MATRIX_SHARE
+        matrices = cost.decompose_flops + cost.images * cost.square_flops
+        matrices += cost.project_flops * self.steps
+        walks = cost.images * self.predict_flops / (self.step_flops * self.images)
+        return self.hours(gpu, share) * (1 + walks) + matrices / peak / 3600
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What gradient projection memory costs: the arithmetic of its matrices, and their bytes.
+
+    A layer with f features, whose weights have `out` rows, sees so many columns of an image. Their
+    square costs 2 f² columns, its eigenvectors about 9 f³ (the usual count of a symmetric
+    decomposition), and taking a subspace of r directions out of a gradient and out of a step
+    2 · 4 out f min(r, f - r): the smaller of subspace and complement is enough.
+
+    Attributes
+    ----------
+    square_flops : int
+        For one image, during all steps of the walk.
+    decompose_flops, project_flops : int
+        Once a task; in every training step, with all layers `fill` full.
+    square_bytes, basis_bytes : int
+        Of the squares, all at once, and of the bases, in float32.
+    images : int
+        That a task gathers: every tenth of the 3,389 of the first task of "mvtec 14-1".
+    """
+
+    square_flops: int
+    decompose_flops: int
+    project_flops: int
+    square_bytes: int
+    basis_bytes: int
+    fill: float
+    images: int = 339
+
+
+def protection(detector: Detector, fill: float = 0.5) -> Protection:
+    """Count what protecting all layers of a detector costs; `fill` is the share r / f."""
+    detector = deepcopy(detector).to("meta").eval()
+    detector.enter(detector.stages[-1])
+    layers = GradientProjectionMemory(detector).layers
+    image = torch.zeros(1, 3, *[detector.config.image_size] * 2, device="meta")
+    category = torch.zeros(1, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        bill = memory_bill(layers, lambda: detector.judge(image, category, torch.Generator()), 1)
+    f = np.array([row["features"] for row in bill], float)
+    columns = np.array([row["columns"] for row in bill], float)
+    out = np.array([len(layers[row["layer"]].weight) for row in bill], float)
+    smaller = f * min(fill, 1 - fill)
+    counts = 2 * f**2 * columns, 9 * f**3, 8 * out * f * smaller, 4 * f**2, 4 * f * smaller
+    return Protection(*(int(count.sum()) for count in counts), fill)
+
 
 def plan(detector: Detector, latents: bool = False) -> Plan:
     """Count what one image costs a detector, in the last stage of its recipe.
@@ -113,7 +161,7 @@ def plan(detector: Detector, latents: bool = False) -> Plan:
     image = torch.zeros(1, 3, *[detector.config.image_size] * 2, device="meta")
     with FlopCounterMode(display=False) as prediction, torch.no_grad():
         deepcopy(detector).eval().judge(image, category, torch.Generator())
-    step_flops, peaks = _step(detector.train(), latents)
+    step_flops, peaks = training_step(detector.train(), latents)
     return Plan(
         type(detector).__name__,
         sum(p.numel() for p in weights),
@@ -127,150 +175,6 @@ def plan(detector: Detector, latents: bool = False) -> Plan:
     )
 
 
-# ---------------------------------------------------------------------------------- a step's memory
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of all storages that are alive, after each operation that made one, in `held`.
-
-    Whoever asks for a value of a fake tensor gets 1, or True: all of a batch are chosen.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.held, self._alive, self._now = [], set(), 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.prim.device.default:
-            return CPU
-        if function is ATEN._local_scalar_dense.default:
-            return 1
-        if function in (ATEN.index.Tensor, ATEN.index_put_.default):
-            args = (args[0], [_all_of(index) for index in args[1]], *args[2:])
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage())
-        return made
-
-    def _hold(self, storage) -> None:
-        if (place := storage._cdata) in self._alive:
-            return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self._alive.add(place)
-        self._now += size
-        self.held.append(self._now)
-        weakref.finalize(storage, self._free, place, size)
-
-    def _free(self, place: int, size: int) -> None:
-        self._alive.remove(place)
-        self._now -= size
-
-
-def _all_of(index: Tensor | None) -> Tensor | None:
-    if index is None or index.dtype is not torch.bool:
-        return index
-    return torch.zeros(index.numel(), dtype=torch.long, device=index.device)
-
-
-def _step(detector: Detector, latents: bool) -> tuple[int, dict]:
-    """Arithmetic of a training step for one image, and `Plan.peaks`; the detector becomes fake.
-
-    The tensors say that they are on the CPU: for others PyTorch's backward pass asks for a driver.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_card(), Allocations() as memory:
-        detector.to_empty(device="cpu")
-        if hasattr(detector, "textures"):  # else real ones, of which a fake copy would be kept
-            detector.textures = torch.zeros(15, 3, 256, 256, dtype=torch.uint8)
-        groups, stage = detector.parameter_groups(), detector.stage
-        kind, decay = OPTIMIZERS[stage.optimizer], stage.weight_decay
-        optimizer = kind(groups, weight_decay=decay, fused=True)
-        for p in detector.parameters():
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
-        optimizer.step()  # the averages are there from now on
-
-        def held(count: int, dtype: torch.dtype | None) -> list[int]:
-            optimizer.zero_grad()
-            memory.held = []
-            batch = _batch(detector, count, latents)
-            with torch.autocast("cpu", dtype) if dtype else nullcontext():
-                loss = detector.training_loss(batch, torch.Generator())["loss"]
-            loss.backward()
-            optimizer.step()
-            return memory.held
-
-        peaks = {name: _peaks(held(2, t), held(4, t)) for name, t in PRECISIONS.items()}
-        with FlopCounterMode(display=False) as counter:
-            held(2, None)
-    return counter.get_total_flops() // 2, peaks
-
-
-def _batch(detector: Detector, count: int, latents: bool) -> dict[str, Tensor]:
-    side = detector.view("train")["image_size"]
-    batch = {"category_index": torch.zeros(count, dtype=torch.long)}
-    batch["texture"] = torch.zeros(count, dtype=torch.bool)
-    if not latents:
-        return batch | {"image": torch.zeros(count, 3, side, side)}
-    codec, size = detector.codec.config, detector.config.image_size
-    return batch | {
-        "posterior": torch.zeros(count, 2 * codec.channels, *[size // codec.factor] * 2)
-    }
-
-
-def _peaks(two: list[int], four: list[int]) -> tuple[tuple[int, int], ...]:
-    """The moments that are highest at some batch size, from batches of 2 and of 4.
-
-    What is held at a moment is a straight line over the batch size.
-    """
-    each = np.subtract(four, two) // 2
-    fixed = np.array(two) - 2 * each
-    highest = {int(np.argmax(fixed + n * each)) for n in range(1, 1025)}
-    return tuple(sorted((int(fixed[i]), int(each[i])) for i in highest))
-
-
-def _as_on_a_card() -> ExitStack:
-    """A context in which functions allocate on the CPU what they allocate on a GPU."""
-    stack = ExitStack()
-    for name, instead in (
-        ("scaled_dot_product_attention", _fused_attention),
-        ("dropout", _fused_dropout),
-        ("group_norm", _in_float32(F.group_norm)),
-        ("layer_norm", _in_float32(F.layer_norm)),
-    ):
-        stack.enter_context(patch.object(F, name, instead))
-    return stack
-
-
-def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-    """The kernels that never form the matrix of attention: flash, or with a mask the other."""
-    if torch.is_autocast_enabled("cpu"):
-        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-    if attn_mask is None and q.dtype is not torch.float32:
-        flash = ATEN._scaled_dot_product_flash_attention
-        return flash(q, k, v, dropout_p, is_causal, scale=scale)[0]
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
-    efficient = ATEN._scaled_dot_product_efficient_attention
-    return efficient(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
-
-
-def _fused_dropout(x, p=0.5, training=True, inplace=False):
-    """Keeps a byte a number, where the CPU keeps a number."""
-    return torch.native_dropout(x, p, True)[0] if training and p else x
-
-
-def _in_float32(function: Callable) -> Callable:
-    """Autocast on a GPU copies what these get to float32; on the CPU it does not."""
-
-    def copied(x, *arguments, **options):
-        if not torch.is_autocast_enabled("cpu"):
-            return function(x, *arguments, **options)
-        with torch.autocast("cpu", enabled=False):
-            return function(x.float(), *arguments, **options)
-
-    return copied
-
-
 # ------------------------------------------------------------------------------------------ tables
 
 
@@ -279,7 +183,8 @@ def paper_plans() -> tuple[Plan, ...]:
     """The three methods at the size of their papers; DeCo-Diff learns from latents."""
     with torch.device("meta"):
         detectors = [method.paper() for method in (DiffusionAD, DecoDiff, OneForMore)]
-    return tuple(plan(detector, isinstance(detector, DecoDiff)) for detector in detectors)
+    ad, deco, one = detectors
+    return plan(ad), plan(deco, latents=True), replace(plan(one), protection=protection(one))
 
 
 def size_table(plans: Sequence[Plan]) -> Shown:
@@ -318,12 +223,29 @@ def memory_table(plans: Sequence[Plan], batches: tuple[int, ...] = (1, 4, 16)) -
 
 
 def hours_table(plans: Sequence[Plan], utilisation: float | None = None) -> Shown:
-    """Hours of the whole recipe by GPU, one row a method; by default at the `SHARES`."""
+    """Hours of the whole recipe by GPU, one row a method; by default at the `SHARES`.
+
+    A method that protects old tasks has a second row, for a task after the first.
+    """
+    found = []
+    for p in plans:
+        found.append({"method": p.method} | {f"{g}, h": p.hours(g, utilisation) for g in GPUS})
+        if p.protection:
+            hours = {f"{g}, h": p.protected_hours(g, utilisation) for g in GPUS}
+            found.append({"method": f"{p.method}, protected"} | hours)
+    return rows(found)
+
+
+def protection_table(found: Protection) -> Shown:
+    """What gradient projection adds to One-for-More, one row a kind of work."""
+    n = found.images
+    work = {
+        f"squares of {n} images": (n * found.square_flops, found.square_bytes),
+        "eigenvectors, once a task": (found.decompose_flops, found.square_bytes),
+        f"projecting a step, bases {found.fill:.0%} full": (found.project_flops, found.basis_bytes),
+    }
     return rows(
-        [
-            {"method": p.method} | {f"{gpu}, h": p.hours(gpu, utilisation) for gpu in GPUS}
-            for p in plans
-        ]
+        [{"work": w, "TFLOP": flops / 1e12, "GB": size / GB} for w, (flops, size) in work.items()]
     )
 
 
