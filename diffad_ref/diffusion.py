@@ -96,7 +96,7 @@ class Schedule(nn.Module):
 
     def at(self, t: Tensor) -> Tensor:
         """abar of time steps t (B,), long, as float32 (B, 1, 1, 1) on the device of t."""
-        return self.levels[t].float().view(-1, 1, 1, 1)
+        return self.levels.to(t.device)[t].float().view(-1, 1, 1, 1)
 
 
 def add_noise(x0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:

@@ -103,26 +103,26 @@ def fit(
     """
     if len(dataset) == 0:
         raise ValueError("there is nothing to train on: the data set is empty")
-    process = PartialState(cpu=str(device) == "cpu")
-    device = torch.device(device or process.device)
+    device = torch.device(device or PartialState().device)  # it also lets processes meet
+    world, rank = processes()
     chosen = precision_on(device, precision)
     stages = _plan(detector.stages, steps, batch_size, rate, accumulate, checkpointing)
     detector.to(device)
     detector.categories = tuple(getattr(dataset, "categories", detector.categories))
-    run = _Run(detector, Path(out) / STATE if out else None, process.is_main_process)
+    run = _Run(detector, Path(out) / STATE if out else None, writes=rank == 0)
     run.resume(
         method=type(detector).__name__,
         stages=[asdict(stage) for stage in stages],
         config=asdict(detector.config),
         categories=detector.categories,
         images=len(dataset),
-        **{"seed": seed, "precision": precision, "ema": ema, "processes": process.num_processes},
+        **{"seed": seed, "precision": precision, "ema": ema, "processes": world},
     )
     if run.stage == run.step == 0:
         detector.prepare(dataset)
     if compile:
         detector.compile()
-    feed = Feed(dataset, device, num_workers, progress and process.is_main_process)
+    feed = Feed(dataset, device, num_workers, progress and rank == 0)
     with torch.random.fork_rng():
         for number in range(run.stage, len(stages)):
             stage, key = stages[number], [seed, number]
@@ -134,22 +134,22 @@ def fit(
             batches = feed.batches(ahead[run.step * stage.accumulate :])
             training = _train(run, stage, optimizer, batches, seed, chosen)
             bar = {"desc": stage.name, "initial": run.step, "total": stage.steps}
-            bar["disable"] = not (progress and process.is_main_process)
+            bar["disable"] = not (progress and rank == 0)
             for losses in (shown := tqdm(training, **bar)):
                 shown.set_postfix({name: f"{value:.4f}" for name, value in losses.items()})
                 if run.step % save_every == 0:
                     run.save(optimizer)
             run.end_stage()
-            process.wait_for_everyone()
+            if world > 1:
+                distributed.barrier()
     detector.eval()
     return run.history
 
 
 def _train(run: _Run, stage: Stage, optimizer, batches: Iterator[dict], seed: int, precision: str):
     """The steps of a stage from where the run is; yields the latest losses that were read."""
-    device, scaler, rank = run.detector.device, run.scaler, PartialState().process_index
-    together = distributed.is_available() and distributed.is_initialized()
-    model = DistributedDataParallel(run.detector) if together else run.detector
+    device, scaler, (world, rank) = run.detector.device, run.scaler, processes()
+    model = DistributedDataParallel(run.detector) if world > 1 else run.detector
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(run.step, stage.steps):
         for group in optimizer.param_groups:
@@ -157,7 +157,7 @@ def _train(run: _Run, stage: Stage, optimizer, batches: Iterator[dict], seed: in
         for micro in range(stage.accumulate):
             generator = seeded(device, seed, run.stage, step, micro, rank)
             torch.manual_seed(generator.initial_seed())  # of dropout
-            alone = together and micro < stage.accumulate - 1
+            alone = world > 1 and micro < stage.accumulate - 1
             with model.no_sync() if alone else nullcontext(), _enough_memory(run, stage):
                 with arithmetic(device, precision):
                     losses = model(next(batches), generator)
@@ -210,10 +210,15 @@ def _borrowed(detector: Detector) -> list[str]:
     return [name for name, m in detector.named_children() if getattr(m, "borrowed", False)]
 
 
+def processes() -> tuple[int, int]:
+    """How many processes train together, and which of them this is, from 0."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_world_size(), distributed.get_rank()) if together else (1, 0)
+
+
 def batch_numbers(images: int, size: int, count: int, key: list[int]) -> np.ndarray:
     """Image numbers (count, size) of batches: shuffled epochs, cut evenly, over all processes."""
-    together = distributed.is_available() and distributed.is_initialized()
-    world, rank = (distributed.get_world_size(), distributed.get_rank()) if together else (1, 0)
+    world, rank = processes()
     epochs = range(-(-count * world * size // images))
     orders = [np.random.default_rng([*key, epoch]).permutation(images) for epoch in epochs]
     order = np.concatenate([np.empty(0, int), *orders])[: count * world * size]
@@ -308,8 +313,8 @@ class _Run:
         if not steps:
             return
         table = torch.stack([torch.stack(list(row.values())).float() for row in self._unread])
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(table.div_(distributed.get_world_size()))
+        if (world := processes()[0]) > 1:
+            distributed.all_reduce(table.div_(world))
         for step, names, values in zip(steps, self._unread, table.cpu().tolist(), strict=True):
             self.latest = dict(zip(names, values, strict=True))
             if not np.isfinite(self.latest["loss"]):

@@ -16,11 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffad_ref
-from diffad_ref import continual, data, evaluation, maps, training
+from diffad_ref import anomalies, continual, data, evaluation, maps, training
 
 PACKAGE = Path(diffad_ref.__file__).parent
 ATEN = torch.ops.aten
-ANSWERS = {torch.bool: True, torch.long: 0}  # any other: 0.5, which every range of images allows
 PLAIN = {"generator": "default", "low_generator": "low"}  # a generator cannot be fake
 COUNTING = (ATEN.nonzero.default, ATEN.masked_select.default, ATEN.unique_dim.default)
 
@@ -42,7 +41,7 @@ class Card(TorchDispatchMode):
         if function is ATEN._local_scalar_dense.default:
             if tensors[0].is_cuda:
                 self.note("reads a number")
-            return ANSWERS.get(tensors[0].dtype, 0.5)
+            return {torch.bool: tensors[0].is_cuda, torch.long: 0}.get(tensors[0].dtype, 0.5)
         if function in COUNTING:
             self.note("asks how many")
             return tensors[0].new_zeros(tensors[0].numel(), tensors[0].ndim, dtype=torch.long)
@@ -99,7 +98,7 @@ def move(module, device, *_):
         for kind in (part._parameters, part._buffers):
             for name, old in kind.items():
                 if old is not None and old.device.type != torch.device(device).type:
-                    new = torch.empty_like(old, device=device)
+                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
                     learns = old.requires_grad
                     kind[name] = (
                         torch.nn.Parameter(new, learns) if kind is part._parameters else new
@@ -140,7 +139,11 @@ def fake_card(bf16: bool = True):
     for room in (training, evaluation, continual):
         stack.enter_context(patch.object(room, "seeded", lambda *_: torch.Generator()))
     stack.enter_context(patch.object(data, "ThreadPoolExecutor", Alone))
-    kept = maps._blur, maps._zoom  # what they keep is real here, and fake there
+    kept = (
+        maps._blur,
+        maps._zoom,
+        anomalies._built_in,
+    )  # what they keep is real here, and fake there
     for function in kept:
         function.cache_clear()
     with stack, FakeTensorMode(allow_non_fake_inputs=False), card:

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 import diffad_ref as da
 from diffad_ref import training
+from diffad_ref.detector import precision_on
 
 METHODS = da.DiffusionAD, da.DecoDiff, da.OneForMore
 SIZES = "tiny", "paper"
@@ -36,7 +37,8 @@ class Held(Dataset):
 
 def built(method, size: str):
     """A detector on the card, with everything that it learns or loads before its first step."""
-    detector = getattr(method, size)().to("cuda")
+    short = {"walk": 1} if method is da.OneForMore else {}
+    detector = getattr(method, size)(**short).to("cuda")
     for part in detector.modules():
         if hasattr(part, "is_ready"):
             part.is_ready()
@@ -69,3 +71,66 @@ def test_between_two_readings_of_the_losses_a_training_waits_for_nothing(on_card
         waits.append(Counter(card.waits))
     more = (waits[1] - waits[0]).elements()
     assert [wait.split(" ", 1)[1] for wait in more] == ["copies to the CPU"]
+
+
+def test_a_prediction_of_images_from_the_cpu_waits_for_nothing(on_card):
+    card, detector = on_card
+    side = detector.config.image_size
+    images, index = torch.rand(2, 3, side, side), torch.tensor([0, 1])
+    for _ in range(2):  # the first makes the matrices of the blur
+        card.waits.clear()
+        found = detector.predict(images, index, torch.Generator(), "bf16")
+    assert card.waits == []
+    assert found.anomaly_map.is_cuda and found.anomaly_map.shape == (2, side, side)
+    assert {found.anomaly_map.dtype, found.score.dtype} == {torch.float32}
+
+
+def test_images_on_the_card_are_looked_at_once_before_they_are_judged(on_card):
+    card, detector = on_card
+    side = detector.config.image_size
+    card.waits.clear()
+    detector.check(torch.rand(2, 3, side, side, device="cuda"), side)
+    assert card.waits and all("detector.py" in wait for wait in card.waits)
+    card.waits.clear()
+    detector.check(torch.rand(2, 3, side, side, device="cuda"), side, wait=False)
+    assert card.waits == []
+
+
+def test_a_step_that_reads_a_number_is_found(monkeypatch):
+    """The test above can fail: a loss that is looked at makes a wait a step."""
+    with fake_card() as card:
+        detector = built(da.DecoDiff, "tiny")
+        loss = detector.training_loss
+
+        def looked_at(batch, generator):
+            losses = loss(batch, generator)
+            losses["loss"].item()
+            return losses
+
+        monkeypatch.setattr(detector, "training_loss", looked_at)
+        card.waits.clear()
+        train(detector, 3)
+        assert len([wait for wait in card.waits if "reads a number" in wait]) >= 3
+
+
+def test_what_lies_on_two_devices_is_refused():
+    with fake_card():
+        detector = built(da.DecoDiff, "tiny")
+        z, t = torch.zeros(1, 12, 16, 16), torch.zeros(1, dtype=torch.long, device="cuda")
+        with pytest.raises(Exception, match="device"):
+            detector.corrector(z, t, t)
+        with pytest.raises(RuntimeError, match="indexed from the card"):
+            _ = torch.zeros(4)[t]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_precision_is_chosen_by_the_card(bf16):
+    with fake_card(bf16):
+        card, cpu = torch.device("cuda"), torch.device("cpu")
+        assert precision_on(card) == ("bf16" if bf16 else "fp16")
+        assert precision_on(cpu) == "float32" and precision_on(cpu, "bf16") == "bf16"
+        if not bf16:
+            with pytest.raises(ValueError, match="Fake card has no bf16: take fp16"):
+                precision_on(card, "bf16")
+        with pytest.raises(ValueError, match="precision is one of auto, float32"):
+            precision_on(card, "half")

@@ -8,17 +8,18 @@ import os
 import signal
 import time
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 
+from diffad_ref.checkpoints import read_tensors
 from diffad_ref.detector import Detector, Rate, Stage
 from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.tools.memory import peak_memory
-from diffad_ref.training import STATE, fit
+from diffad_ref.training import STATE, fit, restore
 
 BOTH = {"slope": Rate(0.05, "cosine", 2), "offset": Rate(0.02)}
 ONE_STAGE = (Stage("line", 8, 2, BOTH),)
@@ -119,18 +120,12 @@ def train(detector, data=None, **settings):
     )
 
 
-def forget_precision():
-    """Accelerate remembers the precision of a process's first run and refuses another."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def fork(work, *arguments):
     """Start a function in a process of its own; another start would import everything anew."""
 
     def run():
         os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
         torch.set_num_threads(1)
-        forget_precision()
         work(*arguments)
 
     process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
@@ -479,15 +474,95 @@ def test_loss_that_is_not_finite_names_stage_and_step_and_the_last_checkpoint(tm
 # ----------------------------------------------------------------------- precision, processes, size
 
 
-def test_bfloat16_trains_every_stage_to_finite_losses(small_config):
-    forget_precision()
-    try:
-        history = train(diffusion_ad(small_config, 1), Pictures(), precision="bf16")
-    finally:
-        forget_precision()
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_train_every_stage_to_finite_losses(small_config, precision):
+    """One after the other in one process, each stage with its own scale of the gradients."""
+    history = train(diffusion_ad(small_config, 1), Pictures(), precision=precision)
     losses = torch.tensor(history.column("loss"))
     assert {row["stage"] for row in history.rows} == {s.name for s in small_config.stages}
     assert torch.isfinite(losses).all()
+
+
+def test_fp16_goes_on_with_the_scale_that_it_had(small_config, tmp_path):
+    unbroken, stopped = (diffusion_ad(small_config, 3) for _ in range(2))
+    settings = {"precision": "fp16", "save_every": 1}
+    history = train(unbroken, Pictures(), **settings)
+    loss, calls = stopped.training_loss, []
+
+    def breaks(batch, generator):
+        calls.append(len(calls))
+        if len(calls) in (3, 6):
+            raise KeyboardInterrupt
+        return loss(batch, generator)
+
+    stopped.training_loss = breaks
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped, Pictures(), out=tmp_path, **settings)
+    assert train(stopped, Pictures(), out=tmp_path, **settings).rows == history.rows
+    assert torch.equal(state(stopped), state(unbroken))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("logit", [-12.0, -6.0, 0.0, 6.0, 12.0, 15.0])
+@pytest.mark.parametrize("truth", [0.0, 1.0])
+def test_a_saturated_mask_has_the_gradient_in_16_bits_that_it_has_in_32(dtype, logit, truth):
+    """To 2 %: a false positive that is sure of itself must still be corrected."""
+    from diffad_ref.diffusion_ad import SegmentationNet, mask_loss
+
+    torch.manual_seed(0)
+    network = SegmentationNet(6, 4).eval()
+    torch.nn.init.constant_(network.head.bias, logit)
+    torch.nn.init.normal_(network.head.weight, std=1e-3)
+    pair, gradients, scale = torch.rand(1, 6, 32, 32), [], 1.0
+    for narrow in (False, True):
+        with torch.autocast("cpu", dtype, enabled=narrow):
+            prediction = network(pair)
+        loss = scale * mask_loss(prediction, torch.full_like(prediction, truth))
+        gradients.append(torch.autograd.grad(loss, network.head.bias)[0] / scale)
+        scale = 1 / gradients[0].abs().item()  # as a gradient scaler finds it for fp16
+    assert prediction.dtype == torch.float32 and gradients[0] != 0
+    assert torch.allclose(*gradients, rtol=0.02)
+
+
+def test_a_card_that_is_too_small_says_what_helps(tmp_path, monkeypatch):
+    def full(batch, generator):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * 2**30)
+    )
+    detector = Line()
+    detector.training_loss = full
+    with pytest.raises(ValueError, match="2 images at a time do not fit into 16 GiB") as error:
+        train(detector)
+    assert "batch_size=1 with accumulate=2, or checkpointing=True" in str(error.value)
+
+
+def test_checkpointing_changes_nothing_but_what_is_kept(small_config):
+    plain, lean = (diffusion_ad(small_config, 2) for _ in range(2))
+    rows = [train(d, Pictures(), checkpointing=c).rows for d, c in ((plain, False), (lean, True))]
+    assert rows[0] == rows[1] and torch.equal(state(plain), state(lean))
+
+
+def test_what_never_learns_is_in_no_checkpoint_and_is_loaded_again(tmp_path):
+    class Borrowed(nn.Linear):
+        borrowed, loaded = True, 0
+
+        def prepare(self, dataset):
+            self.loaded += 1
+            nn.init.constant_(self.weight, 3.0)
+
+    class Reader(Line):
+        def __init__(self):
+            super().__init__()
+            self.eye = Borrowed(1, 1)
+
+    train(Reader(), out=tmp_path)
+    assert not [name for name in read_tensors(tmp_path / STATE) if "eye" in name]
+    again = Reader()
+    restore(again, tmp_path)
+    assert again.eye.loaded == 1 and again.eye.weight.item() == 3.0
 
 
 def train_a_share(rank, folder):

@@ -1,0 +1,67 @@
+"""Networks compile as a whole: no part of them falls back to Python, and the result is the same."""
+
+import pytest
+import torch
+
+import diffad_ref as da
+
+SMALL = {"norm_groups": 4, "multipliers": (1, 1), "width": 8}
+SIZES = {
+    da.DiffusionAD: SMALL | {"attention_levels": (1,), "heads": 2, "segmentation_width": 4},
+    da.DecoDiff: SMALL | {"heads": 1, "context": 8},
+    da.OneForMore: SMALL | {"start": None, "condition_layers": 1, "feed_forward": 8},
+}
+
+
+def ready(method):
+    """A small detector whose networks have something to say."""
+    torch.manual_seed(0)
+    detector = method.tiny(**SIZES[method]).eval()
+    for name, buffer in detector.named_buffers():
+        if name.endswith(("components", "filters")):
+            torch.nn.init.normal_(buffer, std=0.1)
+    return detector
+
+
+def parts(method):
+    """Networks of a method by name, and what goes into them."""
+    detector, t = ready(method), torch.tensor([3, 5])
+    image, z = torch.rand(2, 3, 64, 64), torch.randn(2, 12, 16, 16)
+    if method is da.DiffusionAD:
+        return {
+            "denoiser": (detector.denoiser, image, t),
+            "segmenter": (detector.segmenter, torch.cat([image, image], 1)),
+        }
+    if method is da.DecoDiff:
+        return {"corrector": (detector.corrector, z, t, torch.tensor([0, 1]))}
+    f = torch.randn(2, detector.config.width, 16, 16)
+    return {"unet": (detector.unet, z, t, f), "condition": (detector.condition, image)}
+
+
+CASES = [
+    (da.DiffusionAD, "denoiser"),
+    (da.DiffusionAD, "segmenter"),
+    (da.DecoDiff, "corrector"),
+    (da.OneForMore, "unet"),
+    (da.OneForMore, "condition"),
+]
+
+
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_a_network_is_one_graph_and_computes_what_it_computed(method, name):
+    network, *inputs = parts(method)[name]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        plain = network(*inputs)
+        network.compile(backend="eager", fullgraph=True)
+        assert torch.allclose(network(*inputs), plain, atol=1e-6)
+
+
+def test_a_compiled_detector_predicts_and_stores_as_before():
+    detector, images = ready(da.DecoDiff), torch.rand(2, 3, 64, 64)
+    names, plain = list(detector.state_dict()), detector.predict(images, torch.tensor([0, 1]))
+    torch._dynamo.reset()
+    detector.compile(backend="eager")
+    again = detector.predict(images, torch.tensor([0, 1]))
+    assert torch.allclose(again.anomaly_map, plain.anomaly_map, atol=1e-5)
+    assert list(detector.state_dict()) == names
