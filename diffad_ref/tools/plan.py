@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 import torch
 from pandas import DataFrame
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffad_ref.deco_diff import DecoDiff
@@ -33,7 +33,7 @@ GPUS = {"T4": (65, 8.1, 16), "A100 80 GB": (312, 19.5, 80), "H100 SXM": (989, 67
 # The share of the 16-bit peak that a bf16 training step reached on an H100, at the paper's size and
 # the recipe's batch: arithmetic over seconds (16 images in 0.526 s, 128 latents in 0.264 s, 12
 # images in 0.357 s; PyTorch 2.11, nothing compiled). Other cards are assumed to reach the same.
-SHARES = {"DiffusionAD": 0.11, "DecoDiff": 0.30, "OneForMore": 0.03}
+SHARES = {"DiffusionAD": 0.11, "DecoDiff": 0.17, "OneForMore": 0.03}
 MATRIX_SHARE = 0.5  # of the float32 peak, of products of large matrices: assumed, not measured
 
 
@@ -49,8 +49,8 @@ class Plan:
         Arithmetic for one image: of a training step, forward and backward, and of a prediction.
         A multiplication and an addition are two.
     peaks : dict
-        For each of `allocations.PRECISIONS`, moments of a step at which memory can be highest, as bytes that
-        are held in any case and bytes an image.
+        For each of `allocations.PRECISIONS`, moments of a step at which memory can be highest:
+        bytes that are held in any case, and bytes an image.
     steps, batch_size : int
         Of the whole recipe; of its last stage.
     images : int
