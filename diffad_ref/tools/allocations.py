@@ -24,7 +24,7 @@ from diffad_ref.detector import Detector
 from diffad_ref.training import OPTIMIZERS
 
 ATEN, CPU = torch.ops.aten, torch.device("cpu")
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16}  # fp16 needs what bf16 does
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 BLOCK = 512  # bytes: PyTorch's allocator on a card hands out multiples
 
 

@@ -34,6 +34,7 @@ GPUS = {"T4": (65, 8.1, 16), "A100 80 GB": (312, 19.5, 80), "H100 SXM": (989, 67
 # the recipe's batch: arithmetic over seconds (16 images in 0.526 s, 128 latents in 0.264 s, 12
 # images in 0.357 s; PyTorch 2.11, nothing compiled). Other cards are assumed to reach the same.
 SHARES = {"DiffusionAD": 0.11, "DecoDiff": 0.17, "OneForMore": 0.03}
+SAME = {"fp16": "bf16", "tf32": "float32"}  # in bytes
 MATRIX_SHARE = 0.5  # of the float32 peak, of products of large matrices: assumed, not measured
 
 
@@ -77,11 +78,14 @@ class Plan:
         of CUDA (half a GB), and no gaps between allocations.
         """
         n = batch_size or self.batch_size
-        return max(fixed + n * each for fixed, each in self.peaks[precision]) / GB
+        return (
+            max(fixed + n * each for fixed, each in self.peaks[SAME.get(precision, precision)]) / GB
+        )
 
     def largest_batch(self, gigabytes: float, precision: str = "float32") -> int:
         """The most images a step that so much memory holds; 0 if not even one fits."""
-        room = [(gigabytes * GB - fixed, each) for fixed, each in self.peaks[precision]]
+        peaks = self.peaks[SAME.get(precision, precision)]
+        room = [(gigabytes * GB - fixed, each) for fixed, each in peaks]
         if any(free < 0 for free, _ in room):
             return 0
         return int(min(free // each for free, each in room if each))
