@@ -74,7 +74,7 @@ def test_planning_needs_no_memory_for_weights_and_changes_no_detector():
 
 def test_checkpointing_takes_less_memory_and_more_arithmetic():
     with torch.device("meta"):
-        detector = DecoDiff.tiny(image_size=32, classes=2, width=16)
+        detector = DecoDiff.tiny(image_size=32, classes=2, width=16, multipliers=(1,))
     (stage,) = detector.stages
     plain = plan(detector)
     detector.stages = (replace(stage, checkpointing=True),)
