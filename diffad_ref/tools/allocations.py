@@ -74,8 +74,8 @@ def _all_of(index: Tensor | None) -> Tensor | None:
 def training_step(detector: Detector, latents: bool) -> tuple[int, dict]:
     """Arithmetic of a training step for one image, and `plan.Plan.peaks`.
 
-    The detector, which is on the meta device and has entered a stage, becomes fake.
-    The tensors say that they are on the CPU: for others PyTorch's backward pass asks for a driver.
+    The detector, which is on the meta device and has entered a stage, becomes fake. Its tensors say
+    that they are on the CPU: for others PyTorch's backward pass asks for a driver.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_card(), Allocations() as memory:
         detector.to_empty(device="cpu")
@@ -83,7 +83,7 @@ def training_step(detector: Detector, latents: bool) -> tuple[int, dict]:
             detector.textures = torch.zeros(15, 3, 256, 256, dtype=torch.uint8)
         groups, stage = detector.parameter_groups(), detector.stage
         kind, decay = OPTIMIZERS[stage.optimizer], stage.weight_decay
-        optimizer = kind(groups, weight_decay=decay, fused=True)
+        optimizer = kind(groups, weight_decay=decay, fused=True)  # as `fit` does
 
         def held(count: int, dtype: torch.dtype | None) -> list[int]:
             optimizer.zero_grad()
