@@ -191,7 +191,7 @@ def augment(images: Tensor, generator: torch.Generator, count: int = 3) -> Tenso
     """Change each image (B, 3, H, H), in [0, 1], in `count` of ten ways, on 8-bit levels."""
     b, draw = len(images), Draw(generator, images.device)
     chosen, levels = draw.orders(b, len(WAYS)) < count, (images * 255).round()
-    for i, (change, *ranges) in enumerate(WAYS):  # of all images: which, a card must be asked
+    for i, (change, *ranges) in enumerate(WAYS):  # all images: a card waits to be asked
         strengths = [draw.uniform(b, 1, 1, 1, low=low, high=high) for low, high in ranges]
         levels = _where(chosen[:, i], change(levels, *strengths).clamp_(0, 255).round_(), levels)
     return levels / 255

@@ -26,8 +26,7 @@ from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.metrics import METRICS
 from diffad_ref.training import fit, restore
 
-GAMMA = 0.9999  # share of an old task's energy that is protected
-ENERGY = 0.99999  # share of it that the running SVD keeps: more, or gamma could not be reached
+GAMMA = 0.9999  # share of an old task's energy that is protected, if the config does not say
 
 PROTECTIONS = {
     "none": "fine-tune on each task, as if the others had never been",
@@ -90,9 +89,8 @@ def fit_continual(
     out: str | os.PathLike,
     *,
     protection: str = "update",
-    gamma: float = GAMMA,
-    energy: float = ENERGY,
-    every: int = 1,
+    gamma: float | None = None,
+    every: int | None = None,
     later_rate: float = 1.0,
     later_steps: int | None = None,
     seed: int = 0,
@@ -108,10 +106,9 @@ def fit_continual(
     out : path
         Folder for the state after each task: "task_1/weights" and so on, for `load`. A run that
         was interrupted goes on from there, and so does one that is called with more tasks.
-    protection, gamma, energy
-        One of `PROTECTIONS`, and the settings of `GradientProjectionMemory`.
-    every : int
-        Gather over every so-manyth training image; released: 10.
+    protection, gamma, every
+        One of `PROTECTIONS`; the share of an old task's energy that is protected; to gather over
+        every so-manyth training image. By default as in the config, or else `GAMMA` and 1.
     later_rate, later_steps
         `rate` and `steps` of `fit` in every task but the first: a network that starts small must
         move far in its first task; later it should not.
@@ -123,9 +120,11 @@ def fit_continual(
     check_tasks(tasks)
     if protection not in PROTECTIONS:
         raise ValueError(f"protection is one of {', '.join(PROTECTIONS)}, not {protection!r}")
+    gamma = getattr(detector.config, "gamma", GAMMA) if gamma is None else gamma
+    every = getattr(detector.config, "every", 1) if every is None else every
     result = Continual([list(task) for task in tasks])
-    settings = {"tasks": result.tasks, "protection": protection, "gamma": gamma, "energy": energy}
-    settings |= {"every": every, "later_rate": later_rate, "later_steps": later_steps}
+    settings = {"tasks": result.tasks, "protection": protection, "gamma": gamma, "every": every}
+    settings |= {"later_rate": later_rate, "later_steps": later_steps}
     settings |= {"seed": seed, "config": asdict(detector.config)}
     settings |= {name: value for name, value in options.items() if name not in HARMLESS}
     folders = [Path(out) / f"task_{number + 1}" for number in range(len(tasks))]
@@ -135,9 +134,9 @@ def fit_continual(
     _same_run(Path(out) / "run.json", settings)
 
     process = PartialState(cpu=str(options.get("device")) == "cpu")
-    detector.to(options.get("device") or process.device)  # bases lie beside the weights
+    detector.to(options.get("device") or process.device)
     detector.enter(detector.stages[-1])
-    memory = GradientProjectionMemory(detector, gamma=gamma, energy=energy)
+    memory = GradientProjectionMemory(detector, gamma=gamma)
     for number, folder in enumerate(folders):
         if number in todo:
             own = options | {"out": folder, "seed": seed + number, "progress": progress}
@@ -161,8 +160,6 @@ def _learn(detector, memory, root, tasks, protection: str, every: int, options: 
     train = detector.folder(root, "train", categories=task)
     as_judged = detector.folder(root, "train", categories=task, **detector.view("test"))
     train.categories = as_judged.categories = seen  # a class keeps its number for ever
-    if before and protection == "update":
-        memory.hold()
 
     def guard(optimizer):
         if before and protection != "none":
@@ -170,8 +167,7 @@ def _learn(detector, memory, root, tasks, protection: str, every: int, options: 
 
     history, taken = fit(detector, train, on_optimizer=guard, **options), {}
     if protection in ("gradient", "update"):
-        gather(detector, memory, as_judged, every, bar)
-        taken = memory.extend()
+        taken = gather(detector, memory, as_judged, every, bar)
     elif protection == "frozen":
         memory.extend_by_nothing()
     rows = [{"task": len(before)} | row for row in judge(detector, root, seen, bar)]
@@ -203,19 +199,23 @@ def _same_run(path: Path, settings: dict) -> None:
     write_text(json.dumps(settings, indent=1), path)
 
 
-@torch.no_grad()
 def gather(
     detector: Detector, memory, data: AnomalyFolder, every: int = 1, progress: bool = True
-) -> None:
-    """Run over a process's share of a task's images as at inference; the memory watches."""
-    process = PartialState()
+) -> dict[str, tuple[int, int]]:
+    """Run over a process's share of a task's images as at inference, and extend the memory.
+
+    Once for each of its `groups`, with the same noise. Returns what `extend` does, of all layers.
+    """
+    process, taken = PartialState(), {}
     share = range(0, len(data), every)[process.process_index :: process.num_processes]
-    batches = tqdm(DataLoader(Subset(data, share), 16), "gather", disable=not progress)
-    with memory.gather():
-        for number, batch in enumerate(batches):
-            generator = seeded(detector.device, 0, number)
-            detector.predict(batch["image"], batch["category_index"], generator)
-            memory.compress()
+    batches = DataLoader(Subset(data, share), 16)
+    for group in memory.groups():
+        with memory.gather(group):
+            for number, batch in enumerate(tqdm(batches, "gather", disable=not progress)):
+                generator = seeded(detector.device, 0, number)
+                detector.predict(batch["image"], batch["category_index"], generator)
+        taken |= memory.extend()
+    return {name: taken[name] for name in memory.layers}
 
 
 def judge(detector: Detector, root, categories: Sequence[str], progress: bool = True) -> list[dict]:

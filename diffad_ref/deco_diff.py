@@ -168,23 +168,21 @@ def draw_corruption(
 ) -> tuple[Tensor, Tensor]:
     """Where latents (B, C, h, h) stay clean, m (B, 1, h, h), and what disturbs them, eps (C2)."""
     b, side, draw = len(z_0), z_0.shape[-1], Draw(generator, z_0.device)
-
-    def mask(patch: int, low: float, high: float) -> Tensor:
-        count = (side // patch) ** 2
-        kept = (count * (1 - draw.uniform(b, low=low, high=high))).long()
-        return patch_mask(kept, draw.orders(b, count), patch, side)
-
-    m = n = z_0[:, :1]
+    ranges = settings.mask_ratio, settings.foreign_ratio
+    kept = 1 - torch.cat([draw.uniform(b, low=low, high=high) for low, high in ranges])
+    masks = kept.new_zeros(2 * b, 1, side, side)  # m, then n
     cells = place = torch.arange(b * side**2, device=z_0.device).view(b, 1, side, side)
     point = draw.uniform(1, high=sum(settings.patch_odds))
     starts = accumulate(settings.patch_odds, initial=0.0)
     for patch, start in zip(settings.patch_sizes, starts, strict=False):  # one start too many
         # Asking which size was drawn, a card would wait. All are made; the last that began stays.
-        drawn, order = point >= start, draw.orders(1, b * (side // patch) ** 2)[0]
-        m = torch.where(drawn, mask(patch, *settings.mask_ratio), m)
-        n = torch.where(drawn, mask(patch, *settings.foreign_ratio), n)
-        place = torch.where(drawn, shuffle_patches(cells, patch, order), place)
+        drawn, count = point >= start, (side // patch) ** 2  # patches of a latent
+        made = patch_mask((count * kept).long(), draw.orders(2 * b, count), patch, side)
+        masks = torch.where(drawn, made, masks)
+        shuffled = shuffle_patches(cells, patch, draw.orders(1, b * count)[0])
+        place = torch.where(drawn, shuffled, place)
     foreign = rearrange(z_0, "b c h w -> (b h w) c")[place[:, 0]].movedim(-1, 1)
+    m, n = masks.chunk(2)
     return m, mix_noise(draw.normal(*z_0.shape), foreign, n)
 
 

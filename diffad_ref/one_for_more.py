@@ -72,6 +72,8 @@ class Config:
     # Comparison.
     stages_compared: tuple[int, ...] = (1, 2, 3)  # of the ResNet
     sigma: float = 5.0  # pixels, of the map's smoothing
+    gamma: float = 0.999  # share of a task's energy that the memory protects
+    every: int = 10  # the memory gathers over every so-manyth training image
     # One task: 500 epochs of some 1,000 images.
     stages: tuple[Stage, ...] = (
         Stage("task", 40_000, 12, dict.fromkeys(("unet", "condition"), Rate(1e-5)), "adamw", 1e-2),
@@ -96,7 +98,7 @@ class Config:
             image_size=image_size,
             start=PHOTOGRAPHS,
             codec=CodecConfig("pca", channels=12, factor=4),
-            **unet | condition | {"norm_groups": 8, "sigma": 2.0},
+            **unet | condition | {"norm_groups": 8, "sigma": 2.0, "gamma": 0.9999, "every": 1},
             condition_strides=(1, 1, 2, 1, 2, 1, 1, 1),
             walk=2,  # starts at t = 501: a small network cannot paint all from 901
             stages=(Stage("task", 5000, 16, parts, "adamw", weight_decay=1e-4, clip=1.0),),

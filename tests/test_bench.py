@@ -96,8 +96,10 @@ def test_metrics_agree_with_those_of_scikit_learn():
 
 
 def test_iterative_svd_of_falling_spectra_holds_less_and_keeps_the_energy():
-    time, memory_, energy = svd.rows(CPU, layers=((40, 400),), chunks=20, rounds=1)
+    found = svd.rows(CPU, layers=((40, 400),), chunks=20, rounds=1)
+    time, memory_, energy, added, single = found
     assert memory_.met and energy.met and time.target is None
+    assert single.met and added.there == time.here
 
 
 def test_one_guided_step_is_measured_against_walks_that_call_the_network_more_often():

@@ -64,7 +64,7 @@ def build(config=SMALL):
 
 def learn(root, out, protection):
     """Train on both tasks, two steps each; returns the detector and its result."""
-    settings = {"gamma": ALL, "energy": ALL, "steps": 2, "batch_size": 2, "device": "cpu"}
+    settings = {"gamma": ALL, "steps": 2, "batch_size": 2, "device": "cpu"}
     settings |= {"protection": protection, "progress": False}
     detector = build()
     return detector, fit_continual(detector, root, TASKS, out, **settings)
@@ -179,6 +179,7 @@ class Counting(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer, self.device, self.seen = nn.Linear(1, 1), torch.device("cpu"), []
+        self.runs = 0
 
     def forward(self, batch, generator):
         self.seen.append(torch.randn(1, generator=generator).item())
@@ -186,6 +187,7 @@ class Counting(nn.Module):
 
     def predict(self, images, category_index=None, generator=None):
         self.layer(images)
+        self.runs += 1
 
 
 def numbers(count):
@@ -202,11 +204,46 @@ def test_held_out_loss_is_the_mean_over_images_with_the_same_noise_each_time():
 
 
 @pytest.mark.parametrize(("every", "count"), [(1, 35), (2, 18), (10, 4)])
-def test_gathering_takes_every_so_manyth_image(every, count):
-    detector = Counting()
+def test_gathering_takes_every_so_manyth_image(every, count, monkeypatch):
+    detector, columns = Counting(), []
     memory = GradientProjectionMemory(detector)
-    gather(detector, memory, numbers(35), every, progress=False)
-    assert memory.seen["layer"].samples == count
+    monkeypatch.setattr(memory, "_see", lambda name, layer, x: columns.append(len(x[0])))
+    with pytest.raises(ValueError, match="did not run"):
+        gather(detector, memory, numbers(35), every, progress=False)
+    assert sum(columns) == count
+
+
+def test_images_are_run_once_for_each_group_of_layers(monkeypatch):
+    detector = Counting()
+    detector.other = nn.Linear(1, 1)
+    detector.layer.register_forward_hook(lambda layer, x, y: detector.other(y))
+    for budget, runs in ((8e9, 3), (1, 6)):
+        detector.runs, memory = 0, GradientProjectionMemory(detector, budget=budget)
+        taken = gather(detector, memory, numbers(35), progress=False)
+        assert detector.runs == runs and list(taken) == ["layer", "other"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"gamma": 0.5, "every": 3}])
+def test_memory_is_set_as_the_config_says_unless_it_is_asked_for(
+    root, tmp_path, asked, monkeypatch
+):
+    found = {}
+
+    def stop(detector, memory, data, every, progress):
+        found.update(gamma=memory.gamma, every=every)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(continual, "gather", stop)
+    detector = build(replace(SMALL, gamma=0.8, every=7))
+    settings = {"steps": 1, "batch_size": 2, "cpu": True, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        fit_continual(detector, root, TASKS, tmp_path, **settings, **asked)
+    assert found == {"gamma": 0.8, "every": 7} | asked
+
+
+def test_settings_of_the_memory_are_the_released_ones_at_the_size_of_the_paper():
+    paper, tiny = Config.paper(), Config.tiny()
+    assert (paper.gamma, paper.every) == (0.999, 10) and (tiny.gamma, tiny.every) == (0.9999, 1)
 
 
 # ------------------------------------------------------------------------------------ protections
@@ -292,7 +329,7 @@ def test_unknown_protection_is_answered_with_the_known_ones(tmp_path, root):
 def test_layer_whose_memory_is_full_learns_no_more():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
-    memory = GradientProjectionMemory(network, gamma=1.0, energy=1.0)
+    memory = GradientProjectionMemory(network, gamma=1.0)
     with memory.gather():
         network(torch.randn(5, 3, generator=seeded("cpu", 0)))
     with pytest.warns(UserWarning, match="no direction is left in 1 layers.*: 0"):
@@ -392,14 +429,15 @@ def projectors(rank=0, world=1):
     """What two tasks leave in a memory, of which a process sees its share of the images."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 2))
-    memory = GradientProjectionMemory(network, gamma=0.9, energy=1.0)
-    for task in (0, 1):
-        coarse = torch.randn(8, 2, 2, 2, generator=seeded("cpu", task))
+    memory = GradientProjectionMemory(network, gamma=0.9)
+    for task, count in enumerate((8, 1)):  # of the one image, the second process sees nothing
+        coarse = torch.randn(count, 2, 2, 2, generator=seeded("cpu", task))
         images = nn.functional.interpolate(coarse, size=4, mode="bilinear")
         with memory.gather(), torch.no_grad():
-            network(images[rank::world])
+            if len(images[rank::world]):
+                network(images[rank::world])
         memory.extend()
-    return {name: basis @ basis.T for name, basis in memory.bases.items()}
+    return {name: memory.basis(name) @ memory.basis(name).T for name in memory.layers}
 
 
 def gather_a_share(rank, folder):

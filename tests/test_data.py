@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from torch.utils.data import DataLoader
 from diffad_ref.data import (
     TEXTURES,
     AnomalyFolder,
+    Feed,
     estimate_foreground,
+    loading,
     read_image,
     resize_mask,
 )
@@ -497,3 +500,54 @@ def test_floating_point_image_is_refused_because_its_range_is_unknown(tmp_path, 
     path = write(tmp_path / "a.tif", np.ones((4, 4), np.float32))
     with pytest.raises(ValueError, match="a.tif: floating-point"):
         read_image(path)
+
+
+# ------------------------------------------------------------------------------------------- feed
+
+
+def batches(data, numbers, **settings):
+    return list(Feed(data, torch.device("cpu"), **settings).batches(np.array(numbers)))
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_batches_are_those_of_a_data_loader_held_or_loaded(mvtec_root, workers):
+    """As a whole on the device, in this process, or by two others."""
+    data, numbers = (
+        AnomalyFolder(mvtec_root, image_size=16, foreground="estimate"),
+        [[5, 0], [2, 2]],
+    )
+    expected = list(DataLoader(data, batch_sampler=numbers))
+    for batch, other in zip(batches(data, numbers, workers=workers), expected, strict=True):
+        assert batch.keys() == other.keys()
+        for name, value in other.items():
+            same = torch.equal(batch[name], value) if torch.is_tensor(value) else None
+            assert same if torch.is_tensor(value) else list(batch[name]) == list(value), name
+    assert not data.raw, "the data set itself is left as it was"
+
+
+def test_a_data_set_that_is_too_large_is_not_held(mvtec_root, monkeypatch):
+    data = AnomalyFolder(mvtec_root, image_size=16)
+    assert Feed(data, torch.device("cpu")).held is not None
+    little = SimpleNamespace(available=4 * 6 * 16 * 16 * 3)  # masks do not fit beside the images
+    monkeypatch.setattr("diffad_ref.data.psutil.virtual_memory", lambda: little)
+    assert Feed(data, torch.device("cpu")).held is None
+    assert len(batches(data, [[0, 1]])[0]["image"]) == 2
+
+
+def test_any_data_set_can_be_fed():
+    samples = [{"image": torch.rand(3, 4, 4), "name": str(i)} for i in range(3)]
+    (batch,) = batches(samples, [[2, 0]])
+    assert torch.equal(batch["image"][0], samples[2]["image"]) and batch["name"] == ["2", "0"]
+
+
+def test_a_damaged_image_is_named_while_a_set_is_read(mvtec_root):
+    (mvtec_root / "bottle/train/good/001.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="001.png"):
+        Feed(AnomalyFolder(mvtec_root, image_size=16), torch.device("cpu"))
+
+
+def test_a_gpu_gets_processes_and_pinned_memory():
+    assert loading(torch.device("cpu")) == {"num_workers": 0, "pin_memory": False}
+    found = loading(torch.device("cuda"))
+    assert 1 <= found["num_workers"] <= 4 and found["pin_memory"]
+    assert loading(torch.device("cuda"), 0)["num_workers"] == 0

@@ -246,6 +246,18 @@ def test_patch_size_of_a_batch_follows_its_odds():
     assert 0.3 * 300 - 25 < single < 0.3 * 300 + 25
 
 
+@pytest.mark.parametrize("odds", [(1.0, 0.0, 0.0), (0.0, 2.0, 0.0), (0.0, 0.0, 0.1)])
+def test_patch_size_without_odds_never_comes(odds):
+    size = (1, 2, 4)[odds.index(max(odds))]
+    for seed in range(20):
+        changes = {"patch_sizes": (1, 2, 4), "patch_odds": odds, "mask_ratio": (0.5, 0.5)}
+        mask, _ = drawn(4, 8, seed, **changes)
+        whole = by_slices(mask, size, size).flatten(2)
+        larger = by_slices(mask, 2 * size, 2 * size).flatten(2)
+        assert torch.equal(whole.amin(2), whole.amax(2))
+        assert not torch.equal(larger.amin(2), larger.amax(2))
+
+
 def test_same_generator_draws_the_same_corruption():
     for a, b in zip(drawn(seed=3), drawn(seed=3), strict=True):
         assert torch.equal(a, b)

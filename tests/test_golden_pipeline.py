@@ -1,5 +1,6 @@
 """Golden case 3l: loss, walk and memory of One-for-More, with the small networks of case 3k."""
 
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
@@ -24,7 +25,8 @@ from torch import nn
 
 from diffad_ref.anomaly_masked import anomaly_masked_loss
 from diffad_ref.diffusion import add_noise, ddim_times, ddim_walk
-from diffad_ref.gradient_projection import GradientProjectionMemory
+from diffad_ref.gradient_projection import GradientProjectionMemory, representation
+from diffad_ref.iterative_svd import IterativeSVD
 from diffad_ref.one_for_more import OneForMore, learns
 
 pytestmark = pytest.mark.golden
@@ -135,14 +137,25 @@ def ranks():
 
 
 def memory_of(networks, choose=lambda name: True):
-    """Watches what learns, in the released way."""
+    """Watches what learns."""
     return GradientProjectionMemory(
-        networks,
-        lambda name, layer: learns(f"{name}.weight", layer.weight) and choose(name),
-        energy=0.999,
-        keep_values=False,
-        reach=False,
+        networks, lambda name, layer: learns(f"{name}.weight", layer.weight) and choose(name)
     )
+
+
+@contextmanager
+def released(layers):
+    """Iterative SVDs in the released way, and the columns since the last update, while it lasts."""
+    svds = {name: IterativeSVD(0.999, keep_values=False, reach=False) for name in layers}
+    columns = {name: [] for name in layers}
+
+    def recorder(name):
+        return lambda layer, inputs: columns[name].append(representation(layer, inputs[0].detach()))
+
+    hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in layers.items()]
+    yield svds, columns
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +166,8 @@ def walked(case, networks, ranks):
     def model(x, t, hint):  # the released code makes the condition anew at every step
         return networks["unet"](x, t, networks["condition"](hint))
 
-    memory = memory_of(networks, ranks.__contains__)
-    with memory.gather():
+    layers = memory_of(networks, ranks.__contains__).layers
+    with released(layers) as (svds, columns):
         for batch, name in enumerate(numbered(case, r"batch(\d+)_x_inter")):
             last = torch.full((len(hints[batch]),), len(levels) - 1)
             start = add_noise(latents(case)[batch], tensor(case, "noise")[batch], levels.at(last))
@@ -165,14 +178,16 @@ def walked(case, networks, ranks):
                 ddim_times(len(levels), len(case[name]) - 1),
                 levels.abar[0].item(),
             )
-            memory.compress()
+            for layer, svd in svds.items():
+                svd.update(torch.cat(columns[layer], 1))
+                columns[layer].clear()
             found.append(
                 SimpleNamespace(
                     name=name.removesuffix("x_inter"),
                     states=torch.stack([start, *states]),
                     estimates=torch.stack([start, *estimates]),
-                    samples={layer: svd.samples for layer, svd in memory.seen.items()},
-                    bases={layer: svd.basis for layer, svd in memory.seen.items()},
+                    samples={layer: svd.samples for layer, svd in svds.items()},
+                    bases={layer: svd.basis for layer, svd in svds.items()},
                 )
             )
     return found

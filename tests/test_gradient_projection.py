@@ -1,15 +1,19 @@
 """Gradient projection memory on small networks of any kind."""
 
 import warnings
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from diffad_ref import gradient_projection
 from diffad_ref.gradient_projection import (
     GradientProjectionMemory,
+    complement,
     extend_basis,
     project,
     representation,
@@ -65,6 +69,11 @@ def test_padding_that_is_not_zeros_in_pixels_is_refused(padding):
         representation(nn.Conv2d(1, 1, 3, **padding), torch.zeros(1, 1, 4, 4))
 
 
+def test_channels_behind_those_of_a_layer_are_not_its_inputs():
+    layer, x = nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 7, 4, 4, generator=seeded())
+    assert torch.equal(representation(layer, x), representation(layer, x[:, :3]))
+
+
 def test_grouped_convolutions_are_not_watched():
     network = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
     assert list(GradientProjectionMemory(network).layers) == ["1"]
@@ -117,13 +126,16 @@ def test_the_energy_that_was_wanted_is_kept_over_many_chunks():
     assert kept >= 0.9 * total
 
 
-def test_nan_in_a_chunk_is_refused_and_the_layer_is_named():
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_and_the_layer_is_named(broken):
     with pytest.raises(ValueError, match="NaN"):
-        IterativeSVD().update(torch.full((3, 4), float("nan")))
-    network = nn.Sequential(nn.Linear(3, 3))
+        IterativeSVD().update(torch.full((3, 4), broken))
+    network = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3))
     memory = GradientProjectionMemory(network)
-    with pytest.raises(ValueError, match="layer '0'.*NaN"), memory.gather():
-        network(torch.full((2, 3), float("nan")))
+    with torch.no_grad():
+        network[0].weight.fill_(broken)
+    with pytest.raises(ValueError, match="layer '1'.*NaN"), memory.gather():
+        network(torch.ones(2, 3))
 
 
 # --------------------------------------------------------------------------------------- basis
@@ -150,7 +162,119 @@ def test_a_basis_never_has_more_columns_than_rows():
 def test_representations_of_zeros_take_no_direction():
     assert extend_basis(None, torch.zeros(5, 9), 0.9).shape == (5, 0)
     old = torch.eye(5)[:, :2]
-    assert extend_basis(old, torch.zeros(5, 9), 0.9) is old
+    assert torch.equal(extend_basis(old, torch.zeros(5, 9), 0.9), old.double())
+
+
+def test_columns_that_are_no_option_are_refused():
+    with pytest.raises(ValueError, match="columns is 'singular' or 'residual', not 'all'"):
+        extend_basis(None, torch.ones(2, 3), 0.9, "all")
+
+
+# ------------------------------------------------------------------------------------- gathering
+
+
+def falling(features, columns, seed=0):
+    """A matrix (features, columns) whose singular values fall, with a mean that outweighs all."""
+    generator = seeded(seed)
+    turn = torch.linalg.qr(torch.randn(features, features, generator=generator)).Q
+    mixed = (
+        turn / torch.arange(1, features + 1) @ torch.randn(features, columns, generator=generator)
+    )
+    return mixed + 2 * turn[:, -1:]
+
+
+@pytest.mark.parametrize(("large", "lost"), [(4096, 1e-12), (8, 1e-5)], ids=["double", "single"])
+@given(st.integers(20, 120), st.floats(0.9, 0.9999), st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_gathered_memory_has_the_energy_of_a_plain_svd_of_equal_rank(
+    large, lost, features, gamma, seed
+):
+    """And the rank that G1 asks for; in single precision it may err by the last direction."""
+    matrix, layer = falling(features, 300, seed), nn.Linear(features, 1)
+    memory = GradientProjectionMemory(layer, gamma=gamma)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(gradient_projection, "LARGE", large)
+        with memory.gather():
+            for chunk in matrix.T.split(50):
+                layer(chunk)
+        ((rank, of),) = memory.extend().values()
+    vectors, values = left_singular(matrix.double())
+    shares = torch.cumsum(values.square(), 0) / values.square().sum()
+    assert of == features and abs(rank - int((shares < gamma).sum()) - 1) <= (large < of)
+    basis = memory.basis("").double()
+    assert basis.shape == (features, rank)
+    spanned = (basis.T @ matrix.double()).square().sum() / values.square().sum()
+    assert spanned >= shares[rank - 1] - lost - 1e-6  # bases are stored in single precision
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.floats(0.5, 1.0), st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_the_square_of_a_matrix_extends_a_basis_as_the_matrix_does(first, second, gamma, seed):
+    old, new = low_rank(50, 12, first, seed).T, low_rank(50, 12, second, seed + 1).T.double()
+    memory = extend_basis(None, old, 0.9)
+    bases = extend_basis(memory, new, gamma), extend_basis(memory, new @ new.T, gamma, squared=True)
+    assert torch.equal(*bases)
+
+
+def recorded(budget=8e9):
+    """A convolution and two linear layers, and a memory of them."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(128, 20), nn.Linear(20, 2)
+    network = nn.Sequential(*layers)
+    return network, GradientProjectionMemory(network, budget=budget)
+
+
+def test_groups_hold_no_more_than_the_budget_and_each_layer_once():
+    _, memory = recorded(budget=8 * (20**2 + 27**2))
+    assert memory.groups() == [["2"], ["0", "3"]]
+    _, memory = recorded()
+    assert memory.groups() == [["2", "0", "3"]]
+
+
+def test_no_more_is_held_than_the_budget_and_one_chunk_however_long_a_gathering_is(monkeypatch):
+    network, memory = recorded(budget=8 * (20**2 + 27**2))
+    real, alive, most = gradient_projection.representation, weakref.WeakSet(), []
+
+    def watched(layer, x):
+        columns = real(layer, x)
+        alive.add(columns)
+        most.append((len(alive), sum(square.nbytes for square in memory.squares.values())))
+        return columns
+
+    monkeypatch.setattr(gradient_projection, "representation", watched)
+    for group in memory.groups()[1:]:  # the largest layer alone exceeds it
+        with memory.gather(group), torch.no_grad():
+            for seed in range(20):
+                network(torch.randn(4, 3, 4, 4, generator=seeded(seed)))
+        memory.extend()
+    assert len(most) == 40 and max(most) <= (1, memory.budget)
+    assert not memory.squares
+
+
+def test_groups_one_after_the_other_give_what_all_layers_at_once_give():
+    memories = []
+    for budget in (1, 8e9):
+        network, memory = recorded(budget)
+        for group in memory.groups():
+            with memory.gather(group), torch.no_grad():
+                network(torch.randn(40, 3, 4, 4, generator=seeded()))
+            memory.extend()
+        memories.append(memory)
+    first, second = memories
+    assert len(first.groups()) == 3 and first.bases.keys() == second.bases.keys()
+    assert all(torch.equal(basis, second.bases[name]) for name, basis in first.bases.items())
+
+
+def test_nothing_in_the_hooks_waits_for_a_device():
+    """A fake tensor has no value to wait for: asking for one raises."""
+    with FakeTensorMode(), torch.device("cuda"):
+        network, memory = recorded()
+        ran = False
+        with pytest.raises(DataDependentOutputException), memory.gather():
+            network(torch.zeros(2, 3, 4, 4))
+            ran = True  # only what comes at the end may ask
+        assert ran
 
 
 # --------------------------------------------------------------------------------- protection
@@ -187,7 +311,7 @@ def test_old_inputs_of_a_protected_layer_feel_nothing(kind, optimizer, seed):
     network, old, new = network_of(kind, seed), inputs_of(kind, seed), inputs_of(kind, seed + 1)
     if kind == "convolution":
         old[:, 1] = 0  # what the second channel says is new
-    memory = GradientProjectionMemory(network, gamma=1 - 1e-9, energy=1 - 1e-9)
+    memory = GradientProjectionMemory(network, gamma=1 - 1e-9)
     with memory.gather(), torch.no_grad():
         network(old)
     with warnings.catch_warnings():
@@ -209,7 +333,7 @@ def test_old_inputs_of_a_protected_layer_feel_nothing(kind, optimizer, seed):
 def protected_step(optimizer, updates):
     """How much one protected step moves what old inputs feel."""
     network, old = network_of("linear", 0), inputs_of("linear", 0)
-    memory = GradientProjectionMemory(network, lambda name, layer: name == "0", 0.9999, 0.99999)
+    memory = GradientProjectionMemory(network, lambda name, layer: name == "0", 0.9999)
     with memory.gather(), torch.no_grad():
         network(old)
     memory.extend()
@@ -252,6 +376,81 @@ def test_before_the_first_extension_gradients_stay():
     assert all(torch.equal(a, p.grad) for a, p in zip(before, network.parameters(), strict=True))
 
 
+@given(st.integers(2, 30), st.floats(0, 1), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_the_complement_is_what_the_memory_leaves(features, share, seed):
+    matrix = torch.randn(features, round(share * features), generator=seeded(seed))
+    basis = torch.linalg.qr(matrix.double()).Q
+    free = complement(basis)
+    unit = torch.eye(features, dtype=torch.float64)
+    assert free.shape == (features, features - basis.shape[1])
+    torch.testing.assert_close(free @ free.T, unit - basis @ basis.T, atol=1e-12, rtol=0)
+    step = torch.randn(4, features, generator=seeded(seed)).double()
+    same = project(step, free, free=True), project(step, basis)
+    torch.testing.assert_close(*same, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [3, 50, 64])
+def test_a_projected_step_moves_nothing_in_the_span_whatever_made_it(rank):
+    """To the precision of a weight, at each of many steps."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32)
+    memory = GradientProjectionMemory(layer, gamma=1 - 1e-9)
+    inputs = low_rank(200, 64, rank)
+    with memory.gather(), torch.no_grad():
+        layer(inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rank 64 it is full
+        assert memory.extend() == {"": (rank, 64)}
+    assert memory.free == ({""} if rank > 32 else set())
+    start, span = layer.weight.detach().clone(), memory.basis("")
+    optimizer = torch.optim.AdamW(layer.parameters(), 1e-3, weight_decay=0.1)
+    memory.protect(optimizer)
+    for seed in range(50):
+        optimizer.zero_grad()
+        layer(torch.randn(8, 64, generator=seeded(seed))).square().sum().backward()
+        optimizer.step()
+    moved = (layer.weight - start).detach()
+    assert (moved @ span).norm() < 1e-6 * start.norm()
+    assert (moved.norm() > 1e-2 * start.norm()) == (rank < 64)
+
+
+def test_bases_follow_a_network_that_moves_after_it_is_protected():
+    """To the meta device here; a basis elsewhere would not multiply."""
+    network, memory = recorded()
+    with memory.gather(), torch.no_grad():
+        network(torch.randn(40, 3, 4, 4, generator=seeded()))
+    memory.extend()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    memory.protect(optimizer)
+    network.to("meta")
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    memory.protect(optimizer)
+    network(torch.zeros(2, 3, 4, 4, device="meta")).sum().backward()
+    optimizer.step()
+    assert {basis.device.type for basis in memory.bases.values()} == {"meta"}
+
+
+def test_running_statistics_stay_if_the_rest_is_frozen():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    images = inputs_of("convolution", 0)
+    memory = GradientProjectionMemory(network, gamma=1.0)
+    with memory.gather(), torch.no_grad():
+        network.eval()(images)
+    with pytest.warns(UserWarning, match="no direction is left"):
+        memory.extend()
+    before = network(images)
+    network.train()  # as `fit` does, before it hands out its optimiser
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    memory.protect(optimizer, rest="freeze")
+    for _ in range(3):
+        optimizer.zero_grad()
+        network(5 * images + 1).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(network.eval()(images), before, atol=1e-5, rtol=0)
+
+
 def test_projection_is_idempotent_and_orthogonal_to_the_memory():
     basis = torch.linalg.qr(torch.randn(9, 4, generator=seeded())).Q
     step = torch.randn(5, 1, 3, 3, generator=seeded(1))
@@ -287,7 +486,7 @@ def test_extending_without_gathering_is_refused():
 
 def test_a_full_memory_says_which_layers_learn_no_more():
     network = nn.Sequential(nn.Linear(3, 2))
-    memory = GradientProjectionMemory(network, gamma=1.0, energy=1.0)
+    memory = GradientProjectionMemory(network, gamma=1.0)
     with memory.gather():
         network(torch.randn(20, 3, generator=seeded()))
     with pytest.warns(UserWarning, match="no direction is left in 1 layers.*: 0"):
@@ -308,10 +507,19 @@ def test_a_memory_of_another_network_is_refused():
 
 
 def test_a_saved_memory_protects_as_the_original_does():
+    """One layer less than half full, one more; and a file that holds M of that one, as old ones."""
     network = network_of("linear", 0)
-    memory, copy = GradientProjectionMemory(network), GradientProjectionMemory(network)
+    memory = GradientProjectionMemory(network, gamma=0.99)
     with memory.gather(), torch.no_grad():
-        network(inputs_of("linear", 0))
+        network(torch.cat([inputs_of("linear", seed) for seed in range(2)]))
     memory.extend()
-    copy.load_state_dict(memory.state_dict())
-    assert all(torch.equal(copy.bases[name], memory.bases[name]) for name in memory.bases)
+    assert memory.free == {"2"} and memory.bases.keys() == {"0", "2"}
+    old = {name: memory.basis(name) for name in memory.bases}
+    step = {n: torch.randn(m.weight.shape, generator=seeded()) for n, m in memory.layers.items()}
+    for state in (memory.state_dict(), old):
+        copy = GradientProjectionMemory(network)
+        copy.load_state_dict(state)
+        for name, other in step.items():
+            both = memory._project(name, other), copy._project(name, other)
+            torch.testing.assert_close(*both, atol=1e-5, rtol=0)
+            torch.testing.assert_close(copy.basis(name), old[name], atol=0, rtol=0)

@@ -87,6 +87,7 @@ PAPER = {
         "pasting": "natural synthetic anomalies",
         "schedule steps walk level end_clean": "O2",
         "stages_compared sigma": "O3",
+        "gamma every": "G1, G3",
         "stages": "training settings",
     },
 }

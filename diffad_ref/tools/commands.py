@@ -28,7 +28,7 @@ from tyro.conf import Positional, arg, create_mutex_group
 import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
 from diffad_ref.checkpoints import add_to_record, load_weights, read_description, write_text
-from diffad_ref.continual import ENERGY, GAMMA, PROTECTIONS, check_tasks
+from diffad_ref.continual import GAMMA, PROTECTIONS, check_tasks
 from diffad_ref.detector import PRECISIONS, precision_on
 from diffad_ref.diffusion import seeded
 from diffad_ref.tools import baselines, options, plan, tables
@@ -151,9 +151,8 @@ class Continual(Command):
     # your own: categories of a task by commas
     tasks: Annotated[Names, WHICH, arg(metavar="A,B [C ...]")] = None
     protection: Literal[tuple(PROTECTIONS)] = "update"  # of old tasks
-    gamma: float = GAMMA  # share of energy that is protected
-    energy: float = ENERGY  # share that the running SVD keeps
-    every: Count = 1  # gather every so-manyth image
+    gamma: float | None = None  # share of energy that is protected; else the method's
+    every: Count | None = None  # gather every so-manyth image; else the method's
     later_rate: float = 1.0  # learning rate after task 1, as a share
     later_steps: Count | None = None  # steps of each task after task 1
     training: Training = Training()
@@ -163,7 +162,7 @@ class Continual(Command):
         tasks = ORDERS[self.order] if self.order else [task.split(",") for task in self.tasks]
         check_tasks(tasks)
         config = self.model.config()
-        names = ("protection", "gamma", "energy", "every", "later_rate", "later_steps")
+        names = ("protection", "gamma", "every", "later_rate", "later_steps")
         result = da.fit_continual(
             self.model.detector(config, sum(map(len, tasks)), self.training.seed),
             options.root_of(self.data, config.image_size),
@@ -180,7 +179,8 @@ class Continual(Command):
         print(tables.summarise({self.protection: result}))
         if self.save:
             entries = {"commands": [command], "versions": versions()}
-            entries |= {"gamma": self.gamma, "continual": asdict(result)}
+            gamma = self.gamma or getattr(config, "gamma", GAMMA)
+            entries |= {"gamma": gamma, "continual": asdict(result)}
             write_text(json.dumps(entries, indent=1), self.save)
 
 

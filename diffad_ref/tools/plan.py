@@ -12,18 +12,16 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 
-import numpy as np
 import torch
 from pandas import DataFrame
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector
 from diffad_ref.diffusion_ad import DiffusionAD
-from diffad_ref.gradient_projection import GradientProjectionMemory
+from diffad_ref.gradient_projection import GradientProjectionMemory, square_of
 from diffad_ref.one_for_more import OneForMore
-from diffad_ref.tools.allocations import PRECISIONS, training_step
+from diffad_ref.tools.allocations import PRECISIONS
 from diffad_ref.tools.tables import Shown, rows
 
 GB = 2**30
@@ -102,7 +100,7 @@ class Plan:
         cost, peak = self.protection, GPUS[gpu][1] * 1e12 * MATRIX_SHARE
         matrices = cost.decompose_flops + cost.images * cost.square_flops
         matrices += cost.project_flops * self.steps
-        walks = cost.images * self.predict_flops / (self.step_flops * self.images)
+        walks = cost.passes * cost.images * self.predict_flops / (self.step_flops * self.images)
         return self.hours(gpu, share) * (1 + walks) + matrices / peak / 3600
 
 
@@ -110,19 +108,20 @@ class Plan:
 class Protection:
     """What gradient projection memory costs: the arithmetic of its matrices, and their bytes.
 
-    A layer with f features, whose weights have `out` rows, sees so many columns of an image. Their
-    square costs 2 f² columns, its eigenvectors about 9 f³ (the usual count of a symmetric
-    decomposition), and taking a subspace of r directions out of a gradient and out of a step
-    2 · 4 out f min(r, f - r): the smaller of subspace and complement is enough.
+    A layer with f features sees so many columns of an image. Their square costs 2 f² columns, and
+    its eigenvectors about 9 f³ (the usual count of a symmetric decomposition). A gradient and a
+    step are projected on r directions, or on the f - r others: half of them is the dearest case.
 
     Attributes
     ----------
     square_flops : int
         For one image, during all steps of the walk.
     decompose_flops, project_flops : int
-        Once a task; in every training step, with all layers `fill` full.
+        Once a task; in every training step, all bases half full.
     square_bytes, basis_bytes : int
-        Of the squares, all at once, and of the bases, in float32.
+        Of the squares that are gathered at once, and of the bases.
+    passes : int
+        Times that the images are walked through, for one group of layers after the other.
     images : int
         That a task gathers: every tenth of the 3,389 of the first task of "mvtec 14-1".
     """
@@ -132,50 +131,31 @@ class Protection:
     project_flops: int
     square_bytes: int
     basis_bytes: int
-    fill: float
+    passes: int
     images: int = 339
 
 
-def protection(detector: Detector, fill: float = 0.5) -> Protection:
-    """Count what protecting all layers of a detector costs; `fill` is the share r / f."""
+def protection(detector: Detector) -> Protection:
+    """Count what protecting all layers of a detector costs."""
     detector = deepcopy(detector).to("meta").eval()
     detector.enter(detector.stages[-1])
-    layers = GradientProjectionMemory(detector).layers
+    memory = GradientProjectionMemory(detector)
     image = torch.zeros(1, 3, *[detector.config.image_size] * 2, device="meta")
     category = torch.zeros(1, dtype=torch.long, device="meta")
+
+    def look():
+        detector.judge(image, category, torch.Generator())
+
     with torch.no_grad():
-        bill = memory_bill(layers, lambda: detector.judge(image, category, torch.Generator()), 1)
-    f = np.array([row["features"] for row in bill], float)
-    columns = np.array([row["columns"] for row in bill], float)
-    out = np.array([len(layers[row["layer"]].weight) for row in bill], float)
-    smaller = f * min(fill, 1 - fill)
-    counts = 2 * f**2 * columns, 9 * f**3, 8 * out * f * smaller, 4 * f**2, 4 * f * smaller
-    return Protection(*(int(count.sum()) for count in counts), fill)
-
-
-def plan(detector: Detector, latents: bool = False) -> Plan:
-    """Count what one image costs a detector, in the last stage of its recipe.
-
-    The detector stays as it is: a copy of it is made of fake tensors. With `latents` it learns
-    from posteriors that the codec has computed before.
-    """
-    detector = deepcopy(detector).to("meta")
-    detector.enter(stage := detector.stages[-1])
-    weights, category = list(detector.parameters()), torch.zeros(1, dtype=torch.long, device="meta")
-    image = torch.zeros(1, 3, *[detector.config.image_size] * 2, device="meta")
-    with FlopCounterMode(display=False) as prediction, torch.no_grad():
-        deepcopy(detector).eval().judge(image, category, torch.Generator())
-    step_flops, peaks = training_step(detector.train(), latents)
-    return Plan(
-        type(detector).__name__,
-        sum(p.numel() for p in weights),
-        sum(p.numel() for p in weights if p.requires_grad),
-        step_flops,
-        prediction.get_total_flops(),
-        peaks,
-        sum(stage.steps * stage.batch_size * stage.accumulate for stage in detector.stages),
-        sum(stage.steps for stage in detector.stages),
-        stage.batch_size,
+        bill = {row["layer"]: row for row in memory_bill(memory.layers, look, 1)}
+    groups, found = memory.groups(), bill.values()
+    return Protection(
+        sum(2 * row["features"] ** 2 * row["columns"] for row in found),
+        sum(9 * row["features"] ** 3 for row in found),
+        sum(2 * row["flops"] for row in found),
+        max(sum(bill[name]["square"] for name in group) for group in groups),
+        sum(row["memory"] for row in found),
+        len(groups),
     )
 
 
@@ -244,9 +224,12 @@ def protection_table(found: Protection) -> Shown:
     """What gradient projection adds to One-for-More, one row a kind of work."""
     n = found.images
     work = {
-        f"squares of {n} images": (n * found.square_flops, found.square_bytes),
+        f"squares of {n} images, in {found.passes} passes": (
+            n * found.square_flops,
+            found.square_bytes,
+        ),
         "eigenvectors, once a task": (found.decompose_flops, found.square_bytes),
-        f"projecting a step, bases {found.fill:.0%} full": (found.project_flops, found.basis_bytes),
+        "projecting a step, bases half full": (found.project_flops, found.basis_bytes),
     }
     return rows(
         [{"work": w, "TFLOP": flops / 1e12, "GB": size / GB} for w, (flops, size) in work.items()]
@@ -259,7 +242,7 @@ def protection_table(found: Protection) -> Shown:
 def memory_bill(
     layers: dict[str, nn.Module], run: Callable[[], object], images: int, itemsize: int = 4
 ) -> list[dict]:
-    """What a plain and an iterative SVD have to hold, layer by layer.
+    """What three ways to the singular vectors have to hold, and what a memory holds then, by layer.
 
     Nothing is computed beyond the run itself, which may be on the meta device: a network of any
     size can be asked on any machine.
@@ -278,8 +261,10 @@ def memory_bill(
     Returns
     -------
     list of dict
-        For each layer its features, the columns that one image gives, and the bytes of the whole
-        matrix ("plain") and of one image's chunk with the basis before it ("iterative").
+        For each layer its features, the columns that one image gives, and bytes: of the whole
+        matrix ("plain"), of one image's chunk with the basis before it ("iterative"), of R Rᵀ
+        ("square"), and of the largest basis that a memory keeps, of half the directions ("memory").
+        "flops" are those of projecting a step on it.
     """
     columns = dict.fromkeys(layers, 0)
 
@@ -301,5 +286,8 @@ def memory_bill(
         held = chunk + min(features, chunk * images)
         row = {"layer": name, "features": features, "columns": chunk}
         row["plain"] = features * chunk * images * itemsize
-        bill.append(row | {"iterative": features * min(held, chunk * images) * itemsize})
+        row["iterative"] = features * min(held, chunk * images) * itemsize
+        row["square"] = square_of(layer, "meta").nbytes
+        row["memory"] = features * (features // 2) * itemsize
+        bill.append(row | {"flops": 4 * layer.weight.numel() * (features // 2)})
     return bill
