@@ -322,7 +322,7 @@ def test_the_table_of_tasks_is_read_from_the_record_beside_the_weights(tmp_path)
 
 def test_the_page_of_costs_tells_size_memory_and_hours_of_each_method(monkeypatch):
     peaks = {"float32": ((2**30, 2**30),), "bf16": ((2**30, 2**29),)}
-    cost = plan.Protection(10**12, 10**12, 10**12, 2**30, 2**30, 0.5)
+    cost = plan.Protection(10**12, 10**12, 10**12, 2**30, 2**30, 3)
     sizes = 10**6, 10**6, 10**12, 10**12, peaks, 10**6, 10**5, 16, cost
     monkeypatch.setattr(plan, "paper_plans", lambda: [plan.Plan("OneForMore", *sizes)])
     text = plan_tables()

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.diffusion_ad import DiffusionAD
-from diffad_ref.gradient_projection import GradientProjectionMemory, representation
+from diffad_ref.gradient_projection import GradientProjectionMemory, project, representation
 from diffad_ref.one_for_more import OneForMore
 from diffad_ref.tools import plan as planning
 from diffad_ref.tools.plan import GB, GPUS, MATRIX_SHARE, SHARES, Plan, Protection, plan, protection
@@ -101,7 +102,7 @@ def test_networks_of_the_papers_size_have_the_papers_number_of_weights(method, p
 # ------------------------------------------------------------------------------------------ tables
 
 PEAKS = {"float32": ((2 * GB, GB), (6 * GB, GB // 2)), "bf16": ((3 * GB, GB // 2),)}
-COST = Protection(10**12, 3 * 10**12, 4 * 10**12, GB, GB, 0.5, images=100)
+COST = Protection(10**12, 3 * 10**12, 4 * 10**12, GB, GB, 3, images=100)
 HAND = Plan("hand", 10**9, 10**8, 2 * 10**12, 10**12, PEAKS, 720_000, 90_000, 8)
 
 
@@ -128,7 +129,7 @@ def test_hours_are_arithmetic_over_what_a_gpu_gets_done():
 def test_a_protected_task_takes_its_matrices_and_its_walks_besides():
     found = replace(HAND, protection=COST)
     plain, peak = found.hours("T4", 0.5), GPUS["T4"][1] * 1e12 * MATRIX_SHARE
-    walks = plain * (100 * 10**12) / (720_000 * 2 * 10**12)
+    walks = plain * (3 * 100 * 10**12) / (720_000 * 2 * 10**12)
     matrices = (100 * 1e12 + 3e12 + 90_000 * 4e12) / peak / 3600
     assert found.protected_hours("T4", 0.5) == pytest.approx(plain + walks + matrices)
 
@@ -136,14 +137,20 @@ def test_a_protected_task_takes_its_matrices_and_its_walks_besides():
 def test_protection_is_counted_layer_by_layer():
     with torch.device("meta"):
         detector = OneForMore.tiny(image_size=32, width=8, window=(3, 3), condition_layers=1)
-    found, squares = protection(detector, fill=0.25), []
-    layers = GradientProjectionMemory(detector).layers.values()
-    for layer in layers:
-        squares.append(layer.weight[0].numel() ** 2)
-    weights = sum(layer.weight.numel() * layer.weight[0].numel() for layer in layers)
-    assert found.square_bytes == 4 * sum(squares) == 4 * found.basis_bytes
+    found, squares, weights = protection(detector), [], 0
+    for layer in GradientProjectionMemory(detector).layers.values():
+        features = layer.weight[0].numel()
+        squares.append(features**2)
+        weights += layer.weight.numel() * (features // 2)
+    assert found.square_bytes == 8 * sum(squares) and found.passes == 1
     assert found.decompose_flops == pytest.approx(9 * sum(n**1.5 for n in squares))
-    assert found.project_flops == 8 * weights * 0.25
+    assert found.project_flops == 2 * 4 * weights
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, None])
+def test_utilisation_is_a_share_and_must_be_given_for_an_unknown_method(share):
+    with pytest.raises(ValueError, match="utilisation is a share"):
+        HAND.hours("T4", share)
 
 
 def test_tables_have_a_row_for_each_method_and_a_column_for_each_choice():
@@ -169,7 +176,7 @@ def test_command_prints_the_tables(monkeypatch, capsys):
     assert main(["plan", "--utilisation", "0.5", "--batch-sizes", "2"]) == 0
     printed = capsys.readouterr().out
     assert "50% of the peak" in printed and "batch 2, GB" in printed
-    assert "hand, protected" in printed and "squares of 100 images" in printed
+    assert "hand, protected" in printed and "squares of 100 images, in 3 passes" in printed
     assert main(["plan", "--utilisation", "2"]) == 2
 
 
@@ -185,3 +192,9 @@ def test_the_memory_bill_counts_the_columns_that_representations_have():
     assert bill["0"]["plain"] == 18 * 16 * 10 * 4
     assert bill["0"]["iterative"] == 18 * (16 + 18) * 4
     assert bill["2"]["features"] == 64 and bill["2"]["columns"] == 1
+    assert bill["2"]["square"] == 64 * 64 * 8 and bill["2"]["memory"] == 64 * 32 * 4
+    for name, layer in layers.items():
+        step, half = layer.weight.detach(), bill[name]["features"] // 2
+        with FlopCounterMode(display=False) as counted:
+            project(step, torch.zeros(bill[name]["features"], half))
+        assert bill[name]["flops"] == counted.get_total_flops()

@@ -15,13 +15,14 @@ from functools import cache
 import torch
 from pandas import DataFrame
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector
 from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.gradient_projection import GradientProjectionMemory, square_of
 from diffad_ref.one_for_more import OneForMore
-from diffad_ref.tools.allocations import PRECISIONS
+from diffad_ref.tools.allocations import PRECISIONS, training_step
 from diffad_ref.tools.tables import Shown, rows
 
 GB = 2**30
@@ -156,6 +157,32 @@ def protection(detector: Detector) -> Protection:
         max(sum(bill[name]["square"] for name in group) for group in groups),
         sum(row["memory"] for row in found),
         len(groups),
+    )
+
+
+def plan(detector: Detector, latents: bool = False) -> Plan:
+    """Count what one image costs a detector, in the last stage of its recipe.
+
+    The detector stays as it is: a copy of it is made of fake tensors. With `latents` it learns
+    from posteriors that the codec has computed before.
+    """
+    detector = deepcopy(detector).to("meta")
+    detector.enter(stage := detector.stages[-1])
+    weights, category = list(detector.parameters()), torch.zeros(1, dtype=torch.long, device="meta")
+    image = torch.zeros(1, 3, *[detector.config.image_size] * 2, device="meta")
+    with FlopCounterMode(display=False) as prediction, torch.no_grad():
+        deepcopy(detector).eval().judge(image, category, torch.Generator())
+    step_flops, peaks = training_step(detector.train(), latents)
+    return Plan(
+        type(detector).__name__,
+        sum(p.numel() for p in weights),
+        sum(p.numel() for p in weights if p.requires_grad),
+        step_flops,
+        prediction.get_total_flops(),
+        peaks,
+        sum(stage.steps * stage.batch_size * stage.accumulate for stage in detector.stages),
+        sum(stage.steps for stage in detector.stages),
+        stage.batch_size,
     )
 
 
