@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import denoising, memory, metrics, steps, svd, synthesis
+from bench import card, denoising, memory, metrics, steps, svd, synthesis
 from bench.table import Row, heading, to_markdown
 from diffad_ref.checkpoints import write_text
 
@@ -22,6 +22,7 @@ TOPICS: dict[str, Callable[[torch.device], list[Row]]] = {
     "denoising": denoising.rows,
     "steps": steps.rows,
     "svd": svd.rows,
+    "card": card.rows,
 }
 TABLE = Path("build/bench.md")
 

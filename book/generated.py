@@ -164,3 +164,27 @@ def plan_tables() -> str:
         "Protecting old tasks in One-for-More:": plan.protection_table(plans[-1].protection),
     }
     return "\n\n".join(f"{title}\n\n{table}" for title, table in parts.items()) + "\n"
+
+
+def card_tables(record: Path) -> str:
+    """What one card took, from its record: training steps, then predictions."""
+    found = json.loads(record.read_text())
+    names = {"DecoDiff": "DeCo-Diff", "OneForMore": "One-for-More"}
+    steps, predictions = [], []
+    for row in found["steps"]:
+        line = {"method": names.get(row["method"], row["method"]), "batch": row["batch"]}
+        for kind in ("float32", "tf32", "bf16"):
+            cell = row[kind]
+            words = "too large" if cell is None else f"{cell['seconds']:.2f} s"
+            line[kind] = words + (f", {cell['GiB']:.0f} GiB" if cell and "GiB" in cell else "")
+        steps.append(line)
+    for row in found["predictions"]:
+        line = {"method": names.get(row["method"], row["method"]), "images at a time": row["batch"]}
+        cells = {kind: row[kind] for kind in ("float32", "tf32", "bf16")}
+        line |= {k: "" if v is None else f"{v:.0f} ms" for k, v in cells.items()}
+        predictions.append(line)
+    where = f"{found['card']}, PyTorch {found['torch']}, {found['pixels']} pixels, random weights"
+    return (
+        f"Measured at commit {found['commit']} on one {where}. A training step:\n\n"
+        f"{markdown_table(steps)}\nA prediction, for each image:\n\n{markdown_table(predictions)}"
+    )

@@ -27,6 +27,7 @@ import yaml
 
 from check_pages import problems
 from generated import (
+    card_tables,
     continual_table,
     interval_table,
     notebook_table,
@@ -133,6 +134,8 @@ def stage(notebooks: list[Path]) -> None:
     continual = ROOT / "diffad_ref" / "weights" / "one_for_more_toy_3.json"
     (generated / "continual.md").write_text(continual_table(continual))
     (generated / "plan.md").write_text(plan_tables())
+    card = ROOT / "book" / "records" / "gpu" / "h100.json"
+    (generated / "card.md").write_text(card_tables(card))
     (generated / "house.md").write_text(house_page())
     (SOURCE / "book" / "status.md").write_text(status_page(notebooks, record))
 

@@ -100,13 +100,6 @@ def read_description(path: str | os.PathLike) -> dict:
     return description
 
 
-def add_to_record(path: str | os.PathLike, entries: dict) -> None:
-    """Add entries to the record in the JSON beside a weights file; the weights stay as they are."""
-    description = read_description(path)
-    description["record"] = (description.get("record") or {}) | entries
-    write_text(as_text(description), weights_path(path).with_suffix(".json"))
-
-
 def as_text(description: dict) -> str:
     """JSON, one entry a line, with flat lists on one line."""
     text = json.dumps(description, indent=1)

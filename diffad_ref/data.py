@@ -252,10 +252,7 @@ class AnomalyFolder(Dataset):
 
 
 def as_floats(sample: dict) -> dict:
-    """Pictures of a sample, or of a batch, from bytes to float32: images from 0 to 1, masks 0 or 1.
-
-    A quarter of the size travels to a GPU, and becomes numbers there.
-    """
+    """Pictures of a sample or batch from bytes to float32: images from 0 to 1, masks 0 or 1."""
     bytes_ = {k: v for k, v in sample.items() if isinstance(v, Tensor) and v.dtype == torch.uint8}
     return sample | {k: v.float() / (255 if k == "image" else 1) for k, v in bytes_.items()}
 

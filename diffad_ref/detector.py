@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from diffad_ref.data import AnomalyFolder
+from diffad_ref.networks import lean
 
 PRECISIONS = ("auto", "float32", "tf32", "bf16", "fp16")
 
 
 def precision_on(device: torch.device, wanted: str = "auto") -> str:
-    """What a precision means on a device: "auto" is the fastest that training bears.
+    """What "auto" is on a device: bf16 on a GPU that has it, fp16 on an older one, else float32.
 
-    That is bf16 on a card that has it, fp16 on an older one, float32 elsewhere. ValueError for
-    what does not exist, or not there.
+    ValueError for a precision that does not exist, or not there.
     """
     if wanted not in PRECISIONS:
         raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {wanted!r}")
@@ -34,18 +34,17 @@ def precision_on(device: torch.device, wanted: str = "auto") -> str:
 
 
 @contextmanager
-def arithmetic(device: torch.device, precision: str):
-    """Networks compute at a precision of `precision_on`; what is around them, in float32.
-
-    All but float32 itself let a card multiply float32 matrices in TF32, with 10 bits of mantissa.
-    """
+def arithmetic(detector: Detector, precision: str):
+    """Networks compute at this precision; all but float32 allow TF32, with 10 bits of mantissa."""
     settings = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [s.allow_tf32 for s in settings]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if dtype is not None:
+        lean(detector)
     try:
         for s in settings:
             s.allow_tf32 = precision != "float32"
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        with torch.autocast(detector.device.type, dtype) if dtype else nullcontext():
             yield
     finally:
         for s, value in zip(settings, before, strict=True):
@@ -147,10 +146,7 @@ class Detector(nn.Module, ABC):
         """Learn or load what must be known before the first step of a training run; mostly none."""
 
     def forward(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Check a batch of training images and compute its loss.
-
-        Values are checked where that costs nothing: on the CPU. A GPU would have to be waited for.
-        """
+        """Check a batch of training images, values on the CPU only, and compute its loss."""
         if "image" in batch:
             sizes = self.view("train")["image_size"], self.config.image_size
             self.check(batch["image"], *sizes, wait=False)
@@ -166,28 +162,24 @@ class Detector(nn.Module, ABC):
         """Judge images (B, 3, H, W) in [0, 1], in evaluation mode whatever the mode was.
 
         `category_index` (B,), long, is the class of each image, as in `categories`, for methods
-        that must know. The same `torch.Generator`, by default of seed 0, predicts the same; at
-        float32 also nearly the same on another machine. For others see `precision_on`.
+        that must know. The same `torch.Generator`, by default of seed 0, predicts the same.
         """
         self.check(images, self.config.image_size)
         index = self.classes_of(category_index, len(images))
         generator, training = generator or torch.Generator().manual_seed(0), self.training
         try:
-            with arithmetic(self.device, precision_on(self.device, precision)):
+            with arithmetic(self, precision_on(self.device, precision)):
                 x = images.to(self.device, non_blocking=True)
                 found = self.eval().judge(x, index, generator)
         finally:
             self.train(training)
-        maps, scores, rebuilt = found.anomaly_map, found.score, found.reconstruction
-        return replace(
-            found, anomaly_map=maps.float(), score=scores.float(), reconstruction=rebuilt.float()
-        )
+        names = ("anomaly_map", "score", "reconstruction")
+        return replace(found, **{name: getattr(found, name).float() for name in names})
 
     def compile(self, **options) -> None:
         """Compile every network, in place, at its next call; options are those of `torch.compile`.
 
-        The first steps then take minutes, the others less time and memory. `mode="reduce-overhead"`
-        is for single images on a GPU, where starting operations takes longer than they do.
+        `mode="reduce-overhead"` is for single images on a GPU, which mostly wait for launches.
         """
         for part in self.children():
             if next(part.parameters(), None) is not None:
@@ -201,9 +193,7 @@ class Detector(nn.Module, ABC):
             wanted = " or ".join(f"{size} x {size}" for size in dict.fromkeys(sizes))
             raise ValueError(f"this model was built for {wanted} images, not {height} x {width}")
 
-    def classes_of(
-        self, category_index: Tensor | None, count: int, wait: bool = True
-    ) -> Tensor | None:
+    def classes_of(self, category_index, count: int, wait: bool = True) -> Tensor | None:
         """The classes (count,), long, of a batch, if `config.classes` says how many there are."""
         if (classes := getattr(self.config, "classes", None)) is None:
             return category_index
@@ -234,10 +224,7 @@ class Detector(nn.Module, ABC):
         return AnomalyFolder.from_folders(good, test, **options)
 
     def enter(self, stage: Stage) -> None:
-        """Prepare for a stage: the parts that it names learn, all others are frozen.
-
-        Gradient checkpointing is for networks that know it: those of diffusers.
-        """
+        """Prepare for a stage: the parts that it names learn, all others are frozen."""
         parts = dict(self.named_children())
         if unknown := sorted(stage.lr.keys() - parts):
             raise ValueError(f"stage {stage.name!r} trains unknown parts {unknown}")

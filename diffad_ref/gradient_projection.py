@@ -152,11 +152,9 @@ class GradientProjectionMemory:
         finally:
             for hook in hooks:
                 hook.remove()
-        counts = torch.tensor(
-            list(self.samples.values()), device=next(self.model.parameters()).device
-        )
-        self.samples = dict(zip(layers, from_all(counts).tolist(), strict=True))
         traces = torch.stack([from_all(s).trace().double() for s in self.squares.values()])
+        counts = from_all(torch.tensor(list(self.samples.values()), device=traces.device))
+        self.samples = dict(zip(layers, counts.tolist(), strict=True))
         for name, trace in zip(layers, traces.tolist(), strict=True):
             if not isfinite(trace):
                 raise ValueError(f"layer {name!r}: the representations hold NaN or infinite values")

@@ -95,14 +95,6 @@ class Ranking:
         less, up_to = (np.searchsorted(negative, falling[last], s) for s in ("left", "right"))
         return cls(last + 1, n - up_to, n - less, p, n, order, last)
 
-    @classmethod
-    def of_counts(cls, positives: np.ndarray, negatives: np.ndarray) -> Ranking:
-        """The same from how many there are at each of K scores, rising; counts may be weights."""
-        positive, negative = positives[::-1], negatives[::-1]
-        hits, found = positive.cumsum(), negative.cumsum()
-        at = positive > 0  # only the scores of positives are thresholds
-        return cls(hits[at], (found - negative)[at], found[at], positive.sum(), negative.sum())
-
     def weighted(self, weights: np.ndarray) -> Ranking:
         """Count each positive with its weight, given in the order of the labels."""
         total = np.cumsum(weights[self.order])

@@ -22,8 +22,8 @@ class _LayerNorm(nn.LayerNorm):
         return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0]
 
 
-def lean(network: nn.Module) -> nn.Module:
-    """The same network, whose normalisations leave 16-bit tensors as they are.
+def lean(network: nn.Module) -> None:
+    """From now on, a network's normalisations leave 16-bit tensors as they are.
 
     Autocast would copy what goes into them to float32, and keep the copies for the backward pass;
     it does not know the native functions. Those compute means and variances in float32 anyway.
@@ -31,7 +31,6 @@ def lean(network: nn.Module) -> nn.Module:
     kinds = {nn.GroupNorm: _GroupNorm, nn.LayerNorm: _LayerNorm}
     for module in network.modules():
         module.__class__ = kinds.get(type(module), type(module))
-    return network
 
 
 def adm_unet(
@@ -80,7 +79,7 @@ def adm_unet(
         for module in unet.modules():
             if isinstance(module, Attention):
                 module.heads, module.scale = heads, (module.inner_dim // heads) ** -0.5
-    return lean(unet)
+    return unet
 
 
 def latent_unet(
@@ -94,7 +93,7 @@ def latent_unet(
     from diffusers import UNet2DConditionModel
 
     kinds = ["CrossAttn" if level in attention_levels else "" for level in range(len(widths))]
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         in_channels=channels,
         out_channels=channels,
         block_out_channels=tuple(widths),
@@ -106,7 +105,6 @@ def latent_unet(
         dropout=dropout,
         norm_num_groups=norm_groups,
     )
-    return lean(unet)
 
 
 class LatentUNet(nn.Module):

@@ -75,16 +75,12 @@ def fit(
     ----------
     dataset : Dataset
         Normal images, as samples of `diffad_ref.data`.
-    steps, batch_size : int, optional
-        Of the whole run, shared by the stages in proportion; images at a time and process.
-    rate : float
-        Learning rates, as a share of the config's.
-    accumulate, checkpointing
-        As in a `Stage`, for more images than memory holds: instead of its number; if not set there.
-    precision : str
-        See `precision_on`: "auto", "float32", "tf32", "bf16" or "fp16".
-    compile : bool
-        Compile the networks first: see `Detector.compile`.
+    steps, rate
+        Of the whole run, shared by the stages in proportion; learning rates, as a share of theirs.
+    batch_size, accumulate, checkpointing
+        Instead of the stages': images at a time and process; see `Stage`.
+    precision, compile
+        "auto", "float32", "tf32", "bf16" or "fp16": see `precision_on`; see `Detector.compile`.
     ema : float, optional
         Decay of a moving average of the weights, with which each stage then ends.
     out : path, optional
@@ -159,7 +155,7 @@ def _train(run: _Run, stage: Stage, optimizer, batches: Iterator[dict], seed: in
             torch.manual_seed(generator.initial_seed())  # of dropout
             alone = world > 1 and micro < stage.accumulate - 1
             with model.no_sync() if alone else nullcontext(), _enough_memory(run, stage):
-                with arithmetic(device, precision):
+                with arithmetic(run.detector, precision):
                     losses = model(next(batches), generator)
                 scaler.scale(losses["loss"] / stage.accumulate).backward()
             run.note(losses, 1 / stage.accumulate)
@@ -185,11 +181,10 @@ def _enough_memory(run: _Run, stage: Stage):
     except torch.cuda.OutOfMemoryError as error:
         half = max(1, stage.batch_size // 2)
         ways = f"batch_size={half} with accumulate={stage.batch_size * stage.accumulate // half}"
-        ways += "" if stage.checkpointing else ", or checkpointing=True"
-        kept = f"; {run.path} has the last checkpoint" if run.path and run.path.exists() else ""
         size = torch.cuda.get_device_properties(run.detector.device).total_memory / 2**30
         found = f"{stage.batch_size} images at a time do not fit into {size:.0f} GiB of memory"
-        raise ValueError(f"{found}: try {ways}, or fewer bits (precision){kept}") from error
+        words = f"{found}: try {ways}, checkpointing=True, or fewer bits (precision)"
+        raise ValueError(words + run.kept("the last checkpoint is in")) from error
 
 
 def restore(detector: Detector, out: str | os.PathLike) -> dict[str, Tensor]:
@@ -264,9 +259,7 @@ class _Run:
         self._scaler, self.history = state["scaler"], History(state["history"])
         self._loaded = restore(self.detector, self.path.parent)
 
-    def begin(
-        self, number: int, stage: Stage, ema: float | None, precision: str
-    ) -> torch.optim.Optimizer:
+    def begin(self, number: int, stage: Stage, ema, precision: str) -> torch.optim.Optimizer:
         """Start a stage, or go on inside it; gives its optimiser."""
         if number != self.stage:
             self.stage, self.step = number, 0
@@ -317,14 +310,16 @@ class _Run:
             distributed.all_reduce(table.div_(world))
         for step, names, values in zip(steps, self._unread, table.cpu().tolist(), strict=True):
             self.latest = dict(zip(names, values, strict=True))
+            stage = self.detector.stage.name
             if not np.isfinite(self.latest["loss"]):
-                kept = f"; see {self.path}" if self.path and self.path.exists() else ""
-                where = f"the loss of step {step} in stage {self.detector.stage.name!r}"
-                raise ValueError(f"{where} is {self.latest}{kept}")
-            self.history.rows.append(
-                {"step": step, "stage": self.detector.stage.name} | self.latest
-            )
+                where = f"the loss of step {step} in stage {stage!r}"
+                raise ValueError(f"{where} is {self.latest}{self.kept('see')}")
+            self.history.rows.append({"step": step, "stage": stage} | self.latest)
         self._unread = []
+
+    def kept(self, words: str) -> str:
+        """Where the last checkpoint is, if there is one."""
+        return f"; {words} {self.path}" if self.path and self.path.exists() else ""
 
     def after_step(self) -> None:
         """Count a step, and average the weights."""

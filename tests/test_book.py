@@ -14,6 +14,7 @@ from check_pages import problems
 from diffad_ref.metrics import METRICS
 from diffad_ref.tools import plan
 from generated import (
+    card_tables,
     continual_table,
     headline,
     interval_table,
@@ -375,3 +376,9 @@ def test_links_data_and_local_files_are_no_problem(tmp_path):
         "<style>/* url(https://example.org/x) */ p { fill: url(#g) }</style>"
     )
     assert problems(tmp_path) == []
+
+
+def test_what_a_card_took_is_shown_from_its_record():
+    text = card_tables(ROOT / "book" / "records" / "gpu" / "h100.json")
+    assert "| DiffusionAD" in text and "too large" in text and "72 GiB" in text
+    assert "commit 6499745" in text

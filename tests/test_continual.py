@@ -235,7 +235,7 @@ def test_memory_is_set_as_the_config_says_unless_it_is_asked_for(
 
     monkeypatch.setattr(continual, "gather", stop)
     detector = build(replace(SMALL, gamma=0.8, every=7))
-    settings = {"steps": 1, "batch_size": 2, "cpu": True, "progress": False}
+    settings = {"steps": 1, "batch_size": 2, "device": "cpu", "progress": False}
     with pytest.raises(KeyboardInterrupt):
         fit_continual(detector, root, TASKS, tmp_path, **settings, **asked)
     assert found == {"gamma": 0.8, "every": 7} | asked

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import numpy as np
@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffad_ref.detector import Detector
+from diffad_ref.detector import Detector, arithmetic
 from diffad_ref.training import OPTIMIZERS
 
 ATEN, CPU = torch.ops.aten, torch.device("cpu")
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
+PRECISIONS = "float32", "bf16"
 BLOCK = 512  # bytes: PyTorch's allocator on a card hands out multiples
 
 
@@ -85,19 +85,19 @@ def training_step(detector: Detector, latents: bool) -> tuple[int, dict]:
         kind, decay = OPTIMIZERS[stage.optimizer], stage.weight_decay
         optimizer = kind(groups, weight_decay=decay, fused=True)  # as `fit` does
 
-        def held(count: int, dtype: torch.dtype | None) -> list[int]:
+        def held(count: int, precision: str) -> list[int]:
             optimizer.zero_grad()
             memory.held = []
             batch = _batch(detector, count, latents)
-            with torch.autocast("cpu", dtype) if dtype else nullcontext():
+            with arithmetic(detector, precision):
                 loss = detector.training_loss(batch, torch.Generator())["loss"]
             loss.backward()
             optimizer.step()
             return memory.held
 
         with FlopCounterMode(display=False) as counter:
-            held(2, None)  # after this first step, Adam's averages are there
-        peaks = {name: _peaks(held(2, t), held(4, t)) for name, t in PRECISIONS.items()}
+            held(2, "float32")  # after this first step, Adam's averages are there
+        peaks = {name: _peaks(held(2, name), held(4, name)) for name in PRECISIONS}
     return counter.get_total_flops() // 2, peaks
 
 

@@ -27,7 +27,13 @@ from tyro.conf import Positional, arg, create_mutex_group
 
 import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
-from diffad_ref.checkpoints import add_to_record, load_weights, read_description, write_text
+from diffad_ref.checkpoints import (
+    as_text,
+    load_weights,
+    read_description,
+    weights_path,
+    write_text,
+)
 from diffad_ref.continual import GAMMA, PROTECTIONS, check_tasks
 from diffad_ref.detector import PRECISIONS, precision_on
 from diffad_ref.diffusion import seeded
@@ -369,6 +375,13 @@ def _rows(table: tables.Shown) -> list[dict]:
     """Its cells as JSON knows them, fractions as they are."""
     frame = table.frame.reset_index()
     return json.loads(frame.to_json(orient="records", double_precision=15))
+
+
+def add_to_record(path: str | Path, entries: dict) -> None:
+    """Add entries to the record in the JSON beside a weights file; the weights stay as they are."""
+    description = read_description(path)
+    description["record"] = (description.get("record") or {}) | entries
+    write_text(as_text(description), weights_path(path).with_suffix(".json"))
 
 
 def versions() -> dict[str, str]:

@@ -96,6 +96,14 @@ def _judge(score, bad, maps: Tensor, masks: Tensor, times, bins: int) -> dict[st
 
 def _areas(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """AUROC and average precision (draws,) from counts (draws, places), places rising."""
-    rankings = [Ranking.of_counts(*counts) for counts in zip(positive, negative, strict=True)]
+    rankings = [ranking_of_counts(*counts) for counts in zip(positive, negative, strict=True)]
     found = [(ranking.auroc(), ranking.average_precision()) for ranking in rankings]
     return tuple(np.array(found).T)
+
+
+def ranking_of_counts(positives: np.ndarray, negatives: np.ndarray) -> Ranking:
+    """A ranking from how many there are at each of K scores, rising; counts may be weights."""
+    positive, negative = positives[::-1], negatives[::-1]
+    hits, found = positive.cumsum(), negative.cumsum()
+    at = positive > 0  # only the scores of positives are thresholds
+    return Ranking(hits[at], (found - negative)[at], found[at], positive.sum(), negative.sum())
