@@ -153,11 +153,17 @@ def continual_table(description: Path) -> str:
 
 
 def plan_tables() -> str:
-    """What the papers' sizes cost: weights and arithmetic, memory, hours."""
+    """What the papers' sizes cost: weights and arithmetic, memory, hours, protection."""
     plans = plan.paper_plans()
-    share = f"Hours of the whole recipe, at {plan.UTILISATION:.0%} of a GPU's peak in 16 bit:"
-    parts = [plan.size_table(plans), "Memory of a training step:", plan.memory_table(plans)]
-    return "\n\n".join(map(str, [*parts, share, plan.hours_table(plans)])) + "\n"
+    parts = {
+        "Size and arithmetic:": plan.size_table(plans),
+        "Memory of a training step:": plan.memory_table(plans),
+        "Hours of the whole recipe, at the measured shares of a GPU's peak:": plan.hours_table(
+            plans
+        ),
+        "Protecting old tasks in One-for-More:": plan.protection_table(plans[-1].protection),
+    }
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in parts.items()) + "\n"
 
 
 def card_tables(record: Path) -> str:

@@ -322,11 +322,13 @@ def test_the_table_of_tasks_is_read_from_the_record_beside_the_weights(tmp_path)
 
 
 def test_the_page_of_costs_tells_size_memory_and_hours_of_each_method(monkeypatch):
-    found = plan.Plan("Method", 10**6, 10**6, 10**12, 10**12, 10**9, 10**6, 16)
-    monkeypatch.setattr(plan, "paper_plans", lambda: [found])
+    peaks = {"float32": ((2**30, 2**30),), "bf16": ((2**30, 2**29),)}
+    cost = plan.Protection(10**12, 10**12, 10**12, 2**30, 2**30, 3)
+    sizes = 10**6, 10**6, 10**12, 10**12, peaks, 10**6, 10**5, 16, cost
+    monkeypatch.setattr(plan, "paper_plans", lambda: [plan.Plan("OneForMore", *sizes)])
     text = plan_tables()
-    assert text.count("| Method ") == 4  # size, memory at two precisions, hours
-    assert f"at {plan.UTILISATION:.0%} of a GPU's peak" in text
+    assert text.count("| OneForMore ") == 4  # size, memory at two precisions, hours
+    assert "| OneForMore, protected " in text and "projecting a step" in text
 
 
 def test_the_results_page_has_records_of_every_data_set_that_it_names():

@@ -289,21 +289,24 @@ class Compare(Command):
 
 @dataclass(kw_only=True)
 class Plan(Command):
-    """Say what training at the papers' size costs; needs no GPU."""
+    """Say what training at the papers' size costs; needs no GPU, and a minute."""
 
-    utilisation: float = plan.UTILISATION  # share of a GPU's peak in 16 bit
+    utilisation: float | None = None  # share of a GPU's peak in 16 bit; else as measured
     batch_sizes: tuple[Count, ...] = (1, 4, 16)  # for the memory table
     json: bool = False  # print JSON
 
     def run(self, command: str) -> None:
         plans, share = plan.paper_plans(), self.utilisation
+        reached = "the measured shares" if share is None else f"{share:.0%}"
         found = {
             "size": plan.size_table(plans),
             "memory of a training step": plan.memory_table(plans, self.batch_sizes),
-            f"the whole recipe at {share:.0%} of the peak in 16 bit": plan.hours_table(
-                plans, share
-            ),
+            f"the whole recipe at {reached} of the peak in 16 bit": plan.hours_table(plans, share),
         }
+        for p in plans:
+            if p.protection:
+                title = f"protecting old tasks in {p.method}"
+                found[title] = plan.protection_table(p.protection)
         text = "\n\n".join(f"{title}\n\n{table}" for title, table in found.items())
         self.show({title: _rows(table) for title, table in found.items()}, text)
 

@@ -1,36 +1,40 @@
 """What a run will cost, before it is started: weights, arithmetic, memory, hours.
 
-On PyTorch's meta device a tensor has a shape and no numbers, so a method of any size can be sent
-through a training step on any machine, by the very code that trains it. The arithmetic is counted
-operation by operation, and so is what is kept for the backward pass. Only the hours are an
-estimate: nobody reaches a GPU's peak, and which share is reached has to be assumed.
+A training step runs as it is, on tensors without numbers: its arithmetic is counted, and every
+allocation is followed (`allocations.py`). The most that is ever held at once is what a card must
+have. GB are 2³⁰ bytes, as on a card. Hours stand on measurements: nobody reaches a card's peak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from unittest.mock import patch
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from pandas import DataFrame
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffad_ref import one_for_more
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector
 from diffad_ref.diffusion_ad import DiffusionAD
-from diffad_ref.gradient_projection import square_of
+from diffad_ref.gradient_projection import GradientProjectionMemory, square_of
 from diffad_ref.one_for_more import OneForMore
+from diffad_ref.tools.allocations import PRECISIONS, training_step
 from diffad_ref.tools.tables import Shown, rows
 
-# Dense 16-bit matrix arithmetic in TFLOP/s, and memory in GB, as the maker states them.
-GPUS = {"T4": (65, 16), "A100 80 GB": (312, 80), "H100 SXM": (989, 80)}
-UTILISATION = 0.25  # share of the peak; a guess, better measured on the machine at hand
+GB = 2**30
+# Dense 16-bit matrix arithmetic in TFLOP/s, the same in float32, and memory in GB, as the maker
+# states them. A T4 has no bf16, and takes fp16.
+GPUS = {"T4": (65, 8.1, 16), "A100 80 GB": (312, 19.5, 80), "H100 SXM": (989, 67, 80)}
+# The share of the 16-bit peak that a bf16 training step reached on an H100, at the paper's size and
+# the recipe's batch: arithmetic over seconds (16 images in 0.526 s, 128 latents in 0.264 s, 12
+# images in 0.357 s; PyTorch 2.11, nothing compiled). Other cards are assumed to reach the same.
+SHARES = {"DiffusionAD": 0.11, "DecoDiff": 0.17, "OneForMore": 0.03}
+SAME = {"fp16": "bf16", "tf32": "float32"}  # in bytes
+MATRIX_SHARE = 0.5  # of the float32 peak, of products of large matrices: assumed, not measured
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,15 @@ class Plan:
     step_flops, predict_flops : int
         Arithmetic for one image: of a training step, forward and backward, and of a prediction.
         A multiplication and an addition are two.
-    kept_bytes : int
-        What one image leaves in memory between forward and backward, in float32.
+    peaks : dict
+        For each of `allocations.PRECISIONS`, moments of a step at which memory can be highest:
+        bytes that are held in any case, and bytes an image.
+    steps, batch_size : int
+        Of the whole recipe; of its last stage.
     images : int
         Images that the whole recipe shows the network, repetitions counted.
-    batch_size : int
-        Of the recipe's last stage.
+    protection : Protection, optional
+        Of a method that learns tasks one after the other, what its memory costs besides.
     """
 
     method: str
@@ -57,107 +64,141 @@ class Plan:
     learning: int
     step_flops: int
     predict_flops: int
-    kept_bytes: int
+    peaks: dict[str, tuple[tuple[int, int], ...]]
     images: int
+    steps: int
     batch_size: int
+    protection: Protection | None = None
 
-    def memory(self, batch_size: int | None = None, half: bool = False) -> float:
-        """GB of a training step: weights, gradients, Adam's two averages, and what is kept.
+    def memory(self, batch_size: int | None = None, precision: str = "float32") -> float:
+        """GB that a training step allocates at most; its batch is by default the recipe's.
 
-        Parameters
-        ----------
-        batch_size : int, optional
-            Images a step; by default the recipe's.
-        half : bool
-            bf16 autocast: what is kept counts half. Weights and averages stay float32.
+        Weights, gradients, Adam's averages, 16-bit copies and all that lives between: no context
+        of CUDA (half a GB), and no gaps between allocations.
         """
-        kept = self.kept_bytes * (batch_size or self.batch_size) * (0.5 if half else 1)
-        return (4 * self.weights + 12 * self.learning + kept) / 1e9
+        n = batch_size or self.batch_size
+        return (
+            max(fixed + n * each for fixed, each in self.peaks[SAME.get(precision, precision)]) / GB
+        )
 
-    def hours(self, gpu: str, utilisation: float = UTILISATION) -> float:
-        """Of the whole recipe on one of `GPUS`."""
-        if not 0 < utilisation <= 1:
-            raise ValueError(f"utilisation is a share in (0, 1], not {utilisation}")
-        return self.step_flops * self.images / (GPUS[gpu][0] * 1e12 * utilisation) / 3600
+    def largest_batch(self, gigabytes: float, precision: str = "float32") -> int:
+        """The most images a step that so much memory holds; 0 if not even one fits."""
+        peaks = self.peaks[SAME.get(precision, precision)]
+        room = [(gigabytes * GB - fixed, each) for fixed, each in peaks]
+        if any(free < 0 for free, _ in room):
+            return 0
+        return int(min(free // each for free, each in room if each))
+
+    def hours(self, gpu: str, share: float | None = None) -> float:
+        """Of the whole recipe on one of `GPUS`, at its share of the peak in 16 bit."""
+        share = SHARES.get(self.method) if share is None else share
+        if share is None or not 0 < share <= 1:
+            raise ValueError(f"utilisation is a share in (0, 1], not {share}")
+        return self.step_flops * self.images / (GPUS[gpu][0] * 1e12 * share) / 3600
+
+    def protected_hours(self, gpu: str, share: float | None = None) -> float:
+        """Of a task after the first: the recipe, every step projected, and then the gathering."""
+        cost, peak = self.protection, GPUS[gpu][1] * 1e12 * MATRIX_SHARE
+        matrices = cost.decompose_flops + cost.images * cost.square_flops
+        matrices += cost.project_flops * self.steps
+        walks = cost.passes * cost.images * self.predict_flops / (self.step_flops * self.images)
+        return self.hours(gpu, share) * (1 + walks) + matrices / peak / 3600
 
 
-def plan(detector: Detector) -> Plan:
-    """Count what one image costs a detector, in the last stage of its recipe.
+@dataclass(frozen=True)
+class Protection:
+    """What gradient projection memory costs: the arithmetic of its matrices, and their bytes.
 
-    The detector stays as it is: a copy of it goes to the meta device. The synthesis of anomalies,
-    which asks for values, is left out and costs nothing.
+    A layer with f features sees so many columns of an image. Their square costs 2 f² columns, and
+    its eigenvectors about 9 f³ (the usual count of a symmetric decomposition). A gradient and a
+    step are projected on r directions, or on the f - r others: half of them is the dearest case.
+
+    Attributes
+    ----------
+    square_flops : int
+        For one image, during all steps of the walk.
+    decompose_flops, project_flops : int
+        Once a task; in every training step, all bases half full.
+    square_bytes, basis_bytes : int
+        Of the squares that are gathered at once, and of the bases.
+    passes : int
+        Times that the images are walked through, for one group of layers after the other.
+    images : int
+        That a task gathers: every tenth of the 3,389 of the first task of "mvtec 14-1".
     """
-    detector = deepcopy(detector).to("meta")
+
+    square_flops: int
+    decompose_flops: int
+    project_flops: int
+    square_bytes: int
+    basis_bytes: int
+    passes: int
+    images: int = 339
+
+
+def protection(detector: Detector) -> Protection:
+    """Count what protecting all layers of a detector costs."""
+    detector = deepcopy(detector).to("meta").eval()
     detector.enter(detector.stages[-1])
-    weights, generator = list(detector.parameters()), torch.Generator()
+    memory = GradientProjectionMemory(detector)
+    image = torch.zeros(1, 3, *[detector.config.image_size] * 2, device="meta")
     category = torch.zeros(1, dtype=torch.long, device="meta")
 
-    def image(side: int) -> Tensor:
-        return torch.zeros(1, 3, side, side, device="meta")
+    def look():
+        detector.judge(image, category, torch.Generator())
 
-    batch = {"image": image(detector.view("train")["image_size"]), "category_index": category}
-    keep = _Kept(weights)
-    with _without_values():
-        with FlopCounterMode(display=False) as step, saved_tensors_hooks(keep, lambda kept: kept):
-            detector.train().training_loss(batch, generator)["loss"].backward()
-        with FlopCounterMode(display=False) as prediction, torch.no_grad():
-            detector.eval().judge(image(detector.config.image_size), category, generator)
+    with torch.no_grad():
+        bill = {row["layer"]: row for row in memory_bill(memory.layers, look, 1)}
+    groups, found = memory.groups(), bill.values()
+    return Protection(
+        sum(2 * row["features"] ** 2 * row["columns"] for row in found),
+        sum(9 * row["features"] ** 3 for row in found),
+        sum(2 * row["flops"] for row in found),
+        max(sum(bill[name]["square"] for name in group) for group in groups),
+        sum(row["memory"] for row in found),
+        len(groups),
+    )
+
+
+def plan(detector: Detector, latents: bool = False) -> Plan:
+    """Count what one image costs a detector, in the last stage of its recipe.
+
+    The detector stays as it is: a copy of it is made of fake tensors. With `latents` it learns
+    from posteriors that the codec has computed before.
+    """
+    detector = deepcopy(detector).to("meta")
+    detector.enter(stage := detector.stages[-1])
+    weights, category = list(detector.parameters()), torch.zeros(1, dtype=torch.long, device="meta")
+    image = torch.zeros(1, 3, *[detector.config.image_size] * 2, device="meta")
+    with FlopCounterMode(display=False) as prediction, torch.no_grad():
+        deepcopy(detector).eval().judge(image, category, torch.Generator())
+    step_flops, peaks = training_step(detector.train(), latents)
     return Plan(
         type(detector).__name__,
         sum(p.numel() for p in weights),
         sum(p.numel() for p in weights if p.requires_grad),
-        step.get_total_flops(),
+        step_flops,
         prediction.get_total_flops(),
-        keep.bytes,
-        sum(stage.steps * stage.batch_size for stage in detector.stages),
-        detector.stages[-1].batch_size,
+        peaks,
+        sum(stage.steps * stage.batch_size * stage.accumulate for stage in detector.stages),
+        sum(stage.steps for stage in detector.stages),
+        stage.batch_size,
     )
-
-
-class _Kept:
-    """What the backward pass will need, in bytes; each storage counts once, a weight's never."""
-
-    def __init__(self, weights: list[Tensor]):
-        self.bytes, self._seen = 0, {p.untyped_storage()._cdata for p in weights}
-        self._alive = []  # else a storage's name could be given to another
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self._alive.append(tensor)
-            self.bytes += storage.nbytes()
-        return tensor
-
-
-def _without_values() -> ExitStack:
-    """A context in which nothing asks for values, of which a meta tensor has none."""
-
-    def with_anomalies(self, batch, generator):
-        x = batch["image"].clone()
-        return x, torch.zeros_like(x[:, :1]), x.new_zeros(len(x))
-
-    stack = ExitStack()
-    for place, name, instead in (
-        (DiffusionAD, "with_anomalies", with_anomalies),
-        (one_for_more, "paste", lambda images, *_: images.clone()),
-        (torch, "autocast", lambda *_, **__: nullcontext()),  # knows no meta device
-    ):
-        stack.enter_context(patch.object(place, name, instead))
-    return stack
 
 
 # ------------------------------------------------------------------------------------------ tables
 
 
-def paper_plans() -> list[Plan]:
-    """The three methods at the size of their papers, without memory for their weights."""
+@cache
+def paper_plans() -> tuple[Plan, ...]:
+    """The three methods at the size of their papers; DeCo-Diff learns from latents."""
     with torch.device("meta"):
         detectors = [method.paper() for method in (DiffusionAD, DecoDiff, OneForMore)]
-    return [plan(detector) for detector in detectors]
+    ad, deco, one = detectors
+    return plan(ad), plan(deco, latents=True), replace(plan(one), protection=protection(one))
 
 
-def size_table(plans: list[Plan]) -> Shown:
+def size_table(plans: Sequence[Plan]) -> Shown:
     """Weights and arithmetic, one row a method."""
     return rows(
         [
@@ -174,29 +215,51 @@ def size_table(plans: list[Plan]) -> Shown:
     )
 
 
-def memory_table(plans: list[Plan], batches: tuple[int, ...] = (1, 4, 16)) -> Shown:
+def memory_table(plans: Sequence[Plan], batches: tuple[int, ...] = (1, 4, 16)) -> Shown:
     """GB of a training step by batch size and precision, one row a method and precision.
 
-    Besides the batches that are asked for, each method has its recipe's.
+    Besides the batches that are asked for, each method has its recipe's, and the largest that a
+    card of 80 GB holds, of which it leaves 78 to tensors.
     """
     found, all_sizes = [], sorted({*batches, *(p.batch_size for p in plans)})
     for p in plans:
         sizes = {*batches, p.batch_size}
-        for half, precision in ((False, "float32"), (True, "bf16 autocast")):
+        for precision in PRECISIONS:
             memory = {
-                f"batch {n}, GB": p.memory(n, half) if n in sizes else None for n in all_sizes
+                f"batch {n}, GB": p.memory(n, precision) if n in sizes else None for n in all_sizes
             }
             found.append({"method": p.method, "precision": precision} | memory)
+            found[-1]["largest batch in 80 GB"] = p.largest_batch(78, precision)
     return Shown(DataFrame(found).set_index(["method", "precision"]))
 
 
-def hours_table(plans: list[Plan], utilisation: float = UTILISATION) -> Shown:
-    """Hours of the whole recipe by GPU, one row a method."""
+def hours_table(plans: Sequence[Plan], utilisation: float | None = None) -> Shown:
+    """Hours of the whole recipe by GPU, one row a method; by default at the `SHARES`.
+
+    A method that protects old tasks has a second row, for a task after the first.
+    """
+    found = []
+    for p in plans:
+        found.append({"method": p.method} | {f"{g}, h": p.hours(g, utilisation) for g in GPUS})
+        if p.protection:
+            hours = {f"{g}, h": p.protected_hours(g, utilisation) for g in GPUS}
+            found.append({"method": f"{p.method}, protected"} | hours)
+    return rows(found)
+
+
+def protection_table(found: Protection) -> Shown:
+    """What gradient projection adds to One-for-More, one row a kind of work."""
+    n = found.images
+    work = {
+        f"squares of {n} images, in {found.passes} passes": (
+            n * found.square_flops,
+            found.square_bytes,
+        ),
+        "eigenvectors, once a task": (found.decompose_flops, found.square_bytes),
+        "projecting a step, bases half full": (found.project_flops, found.basis_bytes),
+    }
     return rows(
-        [
-            {"method": p.method} | {f"{gpu}, h": p.hours(gpu, utilisation) for gpu in GPUS}
-            for p in plans
-        ]
+        [{"work": w, "TFLOP": flops / 1e12, "GB": size / GB} for w, (flops, size) in work.items()]
     )
 
 
