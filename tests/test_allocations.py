@@ -71,6 +71,7 @@ def really_held(detector, count):
     return most
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", SMALL, ids=lambda method: method.__name__)
 def test_a_real_step_holds_what_was_planned_and_computes_as_much(exact, method):
     torch.manual_seed(0)

@@ -39,9 +39,9 @@ def parts(method):
 
 
 CASES = [
-    (da.DiffusionAD, "denoiser"),
+    pytest.param(da.DiffusionAD, "denoiser", marks=pytest.mark.long),
     (da.DiffusionAD, "segmenter"),
-    (da.DecoDiff, "corrector"),
+    pytest.param(da.DecoDiff, "corrector", marks=pytest.mark.long),
     (da.OneForMore, "unet"),
     (da.OneForMore, "condition"),
 ]
@@ -57,6 +57,7 @@ def test_a_network_is_one_graph_and_computes_what_it_computed(method, name):
         assert torch.allclose(network(*inputs), plain, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_compiled_detector_predicts_and_stores_as_before():
     detector, images = ready(da.DecoDiff), torch.rand(2, 3, 64, 64)
     names, plain = list(detector.state_dict()), detector.predict(images, torch.tensor([0, 1]))

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 import diffad_ref as da
 from diffad_ref import training
-from diffad_ref.detector import precision_on
+from diffad_ref.detector import check_images, precision_on
 
 METHODS = da.DiffusionAD, da.DecoDiff, da.OneForMore
 SIZES = "tiny", "paper"
@@ -51,9 +51,13 @@ def train(detector, steps: int, **settings):
     return da.fit(detector, Held(side), steps, 2, **settings)
 
 
-@pytest.fixture(
-    params=[(m, s) for m in METHODS for s in SIZES], ids=lambda p: f"{p[0].__name__}-{p[1]}"
-)
+LONG = {"tiny": (), "paper": pytest.mark.long}
+CASES = [
+    pytest.param((m, s), id=f"{m.__name__}-{s}", marks=LONG[s]) for m in METHODS for s in SIZES
+]
+
+
+@pytest.fixture(params=CASES)
 def on_card(request):
     """A fake card, and a detector on it."""
     with fake_card() as card:
@@ -85,15 +89,14 @@ def test_a_prediction_of_images_from_the_cpu_waits_for_nothing(on_card):
     assert {found.anomaly_map.dtype, found.score.dtype} == {torch.float32}
 
 
-def test_images_on_the_card_are_looked_at_once_before_they_are_judged(on_card):
-    card, detector = on_card
-    side = detector.config.image_size
-    card.waits.clear()
-    detector.check(torch.rand(2, 3, side, side, device="cuda"), side)
-    assert card.waits and all("detector.py" in wait for wait in card.waits)
-    card.waits.clear()
-    detector.check(torch.rand(2, 3, side, side, device="cuda"), side, wait=False)
-    assert card.waits == []
+def test_images_on_the_card_are_looked_at_before_they_are_judged_and_in_no_step():
+    with fake_card() as card:
+        images = torch.rand(2, 3, 8, 8, device="cuda")
+        card.waits.clear()
+        check_images(images, wait=False)
+        assert card.waits == []
+        check_images(images)
+        assert card.waits and all("detector.py" in wait for wait in card.waits)
 
 
 def test_a_step_that_reads_a_number_is_found(monkeypatch):

@@ -40,7 +40,7 @@ def as_measured():
     return plans
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_is_within_five_percent_of_what_was_measured(as_measured):
     for method, batch_size, measured in MEASURED:
         for precision, gigabytes in measured.items():
@@ -51,7 +51,7 @@ def test_memory_is_within_five_percent_of_what_was_measured(as_measured):
                 assert planned == pytest.approx(gigabytes, rel=0.05), (method, batch_size)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shares_of_the_peak_are_counted_arithmetic_over_measured_seconds(as_measured):
     for method, (batch_size, seconds) in SECONDS.items():
         reached = as_measured[method].step_flops * batch_size / seconds
@@ -72,6 +72,7 @@ def test_planning_needs_no_memory_for_weights_and_changes_no_detector():
     assert all(p.device.type == "cpu" for p in detector.parameters())
 
 
+@pytest.mark.long
 def test_checkpointing_takes_less_memory_and_more_arithmetic():
     with torch.device("meta"):
         detector = DecoDiff.tiny(image_size=32, classes=2, width=16, multipliers=(1,))

@@ -536,7 +536,7 @@ def test_a_card_that_is_too_small_says_what_helps(tmp_path, monkeypatch):
     detector.training_loss = full
     with pytest.raises(ValueError, match="2 images at a time do not fit into 16 GiB") as error:
         train(detector)
-    assert "batch_size=1 with accumulate=2, or checkpointing=True" in str(error.value)
+    assert "batch_size=1 with accumulate=2, checkpointing=True" in str(error.value)
 
 
 def test_checkpointing_changes_nothing_but_what_is_kept(small_config):
