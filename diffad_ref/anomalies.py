@@ -226,9 +226,9 @@ def _stretched(x: Tensor) -> Tensor:
 
 def _equalized(x: Tensor) -> Tensor:
     """Make the levels of each channel equally frequent."""
-    from torchvision.transforms.v2.functional import equalize
+    from torchvision.transforms.v2 import functional
 
-    return equalize(x.to(torch.uint8)).float()
+    return functional.equalize(x.to(torch.uint8)).float()
 
 
 # Of levels (B, 3, H, H), whole numbers from 0 to 255, and strengths (B, 1, 1, 1) in their ranges.
@@ -269,12 +269,7 @@ def blend(image: Tensor, source: Tensor, mask: Tensor, beta: Tensor) -> Tensor:
 
 
 def synthesize(
-    images: Tensor,
-    is_texture: Tensor,
-    bank: Tensor,
-    settings: Synthesis,
-    generator: torch.Generator,
-    foreground: Tensor | None = None,
+    images: Tensor, is_texture, bank: Tensor, settings: Synthesis, generator, foreground=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images, masks and labels to train a segmentation network with, from normal images (D12).
 

@@ -76,7 +76,6 @@ class AnomalyMaskedNetwork(nn.Module):
     """Condition features (B, width, H/8, W/8) of an image (B, 3, H, W) (A1, A2).
 
     Eight convolutions lead to a transformer whose attention may not look at a window around it.
-    Positions and mask are made for the first grid of tokens that comes, and for each other one.
     """
 
     def __init__(

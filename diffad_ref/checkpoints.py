@@ -25,10 +25,7 @@ SHIPPED = Path(__file__).parent / "weights"  # tiny detectors that come with the
 def save(
     detector: Detector, path: str | os.PathLike, record: dict | None = None, half: bool = False
 ) -> Path:
-    """Write a detector's weights to `path` (.safetensors) and its description beside it (.json).
-
-    The record says how they came to be; `half` stores float16, half the size.
-    """
+    """Write weights (.safetensors; float16, if `half`) and beside them what they are (.json)."""
     path = weights_path(path)
     state = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
     if half:
@@ -44,7 +41,7 @@ def save(
 def load(path: str | os.PathLike, method: str | None = None) -> Detector:
     """Read a detector that `save` wrote, in evaluation mode, on the CPU.
 
-    Raises FileNotFoundError for a missing file, ValueError for damaged ones or another method.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one or another method.
     """
     path = weights_path(path)
     description = read_description(path)

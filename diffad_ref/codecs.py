@@ -42,8 +42,7 @@ class Codec(nn.Module):
     images in [-1, 1] is, and how to `decode` latents to images about in [-1, 1], not clamped.
     """
 
-    _ready = False  # once known here, the device is not asked again
-    borrowed = False  # whether it comes from elsewhere, and never learns
+    _ready = borrowed = False  # whether its device was asked; whether it comes from elsewhere
 
     def __init__(self, config: CodecConfig):
         super().__init__()

@@ -110,8 +110,7 @@ def fit_continual(
         One of `PROTECTIONS`; the share of an old task's energy that is protected; to gather over
         every so-manyth training image. By default as in the config, or else `GAMMA` and 1.
     later_rate, later_steps
-        `rate` and `steps` of `fit` in every task but the first: a network that starts small must
-        move far in its first task; later it should not.
+        `rate` and `steps` of `fit` in every task but the first, in which a network must move far.
     seed, progress, options
         As for `fit`, for each task.
 

@@ -190,12 +190,7 @@ class AnomalyFolder(Dataset):
 
     @staticmethod
     def from_folders(
-        good: str | Path | None = None,
-        test: str | Path | None = None,
-        *,
-        category: str = "images",
-        texture: bool | None = None,
-        **options,
+        good=None, test=None, *, category: str = "images", texture: bool | None = None, **options
     ) -> AnomalyFolder:
         """Read one plain folder of images: either good ones to learn from, or ones to test.
 
@@ -265,20 +260,19 @@ def loading(device: torch.device, workers: int | None = None) -> dict:
 
 
 class Feed:
-    """Batches of a data set where they are needed, so that no GPU waits for them.
+    """Batches of a data set on a device, so that no GPU waits for them.
 
-    A data set whose samples can be `raw`, and that fits into a quarter of the device's free memory,
-    lies there as a whole. Otherwise samples come from `workers` processes: see `loading`.
+    One whose samples can be `raw`, and that fits into a quarter of the device's free memory, lies
+    there as a whole. The samples of others come from `workers` processes: see `loading`.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device, workers=None, progress=False):
         self.dataset, self.device, self.held = copy(dataset), device, None
         self.settings = loading(device, workers)
         if hasattr(dataset, "raw"):
-            self.dataset.raw = True
+            self.dataset.raw, gpu = True, device.type == "cuda"
             size = sum(v.nbytes for v in self.dataset[0].values() if isinstance(v, Tensor))
-            available = psutil.virtual_memory().available
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available
+            free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
             if workers is None and 4 * size * len(dataset) <= free:
                 self.held = self._hold(progress)
 
@@ -297,9 +291,8 @@ class Feed:
             return
         places = torch.from_numpy(numbers).to(self.device)
         for names, place in zip(numbers.tolist(), places, strict=True):
-            parts = self.held.items()
-            chosen = {k: v[place] for k, v in parts if isinstance(v, Tensor)}
-            texts = {k: [v[n] for n in names] for k, v in parts if k not in chosen}
+            chosen = {k: v[place] for k, v in self.held.items() if isinstance(v, Tensor)}
+            texts = {k: [v[n] for n in names] for k, v in self.held.items() if k not in chosen}
             yield as_floats(texts | chosen)
 
 

@@ -92,12 +92,9 @@ class Config:
         """The published settings with one of the five networks; L, the paper's, has 395 M."""
         if size not in SIZES:
             raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
-        paper = cls(
-            image_size=image_size,
-            resize=image_size * 9 // 8,
-            **dict(zip(("width", "heads", "context"), SIZES[size], strict=True)),
-            corruption=Corruption.of_side(image_size // CodecConfig().factor),
-        )
+        network = dict(zip(("width", "heads", "context"), SIZES[size], strict=True))
+        corruption = Corruption.of_side(image_size // CodecConfig().factor)
+        paper = cls(image_size, image_size * 9 // 8, corruption=corruption, **network)
         return replace(paper, **changes)
 
     @classmethod
@@ -200,11 +197,7 @@ def moved_crop(images: Tensor, size: int, shift: int, generator: torch.Generator
 # ------------------------------------------------------------------------------------- correction
 @torch.no_grad()
 def correct(
-    model: Callable[[Tensor, Tensor], Tensor],
-    z: Tensor,
-    schedule: Schedule,
-    times: Sequence[int],
-    rescale: bool = False,
+    model: Callable, z: Tensor, schedule: Schedule, times: Sequence[int], rescale: bool = False
 ) -> list[Tensor]:
     """Lead latents back to normal, step by step; no noise is ever added (C6).
 
@@ -329,9 +322,6 @@ class DecoDiff(Detector):
         latent = latent_discrepancy(z_hat, z_0, config.image_size, *limits)
         anomaly_map = FUSIONS[fusion or config.fusion](image, latent)
         parts = {"image_discrepancy": image, "latent_discrepancy": latent}
-        return Prediction(
-            anomaly_map=anomaly_map,
-            score=anomaly_map.flatten(1).amax(1),  # C10
-            reconstruction=self.codec.picture(x_hat),
-            parts={"decoded": self.codec.picture(x_0), "z_0": z_0, "z_hat": z_hat} | parts,
-        )
+        score = anomaly_map.flatten(1).amax(1)  # C10
+        parts |= {"decoded": self.codec.picture(x_0), "z_0": z_0, "z_hat": z_hat}
+        return Prediction(anomaly_map, score, self.codec.picture(x_hat), parts)

@@ -177,10 +177,7 @@ class Detector(nn.Module, ABC):
         return replace(found, **{name: getattr(found, name).float() for name in names})
 
     def compile(self, **options) -> None:
-        """Compile every network, in place, at its next call; options are those of `torch.compile`.
-
-        `mode="reduce-overhead"` is for single images on a GPU, which mostly wait for launches.
-        """
+        """Compile every network, in place; `mode="reduce-overhead"` is for single images."""
         for part in self.children():
             if next(part.parameters(), None) is not None:
                 part.compile(**options)
@@ -203,8 +200,7 @@ class Detector(nn.Module, ABC):
         index = torch.as_tensor(category_index)
         if index.shape != (count,) or index.is_floating_point():
             raise ValueError(f"expected {count} category indices, got {category_index}; {known}")
-        free = wait or index.device.type == "cpu"
-        if free and (index.min() < 0 or index.max() >= classes):
+        if (wait or index.device.type == "cpu") and (index.min() < 0 or index.max() >= classes):
             raise ValueError(f"a category index is unknown: {index.tolist()}; {known}")
         return index.to(self.device, torch.long, non_blocking=True)
 
@@ -248,10 +244,7 @@ class Detector(nn.Module, ABC):
 
 
 def check_images(images: Tensor, name: str = "images", wait: bool = True) -> None:
-    """Refuse what is no batch (B, 3, H, W), floating point, in [0, 1] (to 1e-4, for resampling).
-
-    Values on another device are not read, unless one may `wait` for it.
-    """
+    """Refuse what is no batch (B, 3, H, W), floating point, in [0, 1] (to 1e-4, for resampling)."""
     if not isinstance(images, Tensor):
         raise ValueError(f"{name}: expected a tensor (B, 3, H, W), got {type(images).__name__}")
     shape = tuple(images.shape)
@@ -264,7 +257,7 @@ def check_images(images: Tensor, name: str = "images", wait: bool = True) -> Non
         hint = "convert with images.float() / 255 if these are bytes"
         raise ValueError(f"{name}: expected float32 in [0, 1], got {images.dtype}; {hint}")
     if not wait and images.device.type != "cpu":
-        return
+        return  # values would have to be fetched
     low, high = torch.stack(images.aminmax()).tolist()
     if not math.isfinite(high - low):
         bad = [i for i, image in enumerate(images) if not torch.isfinite(image).all()]

@@ -136,11 +136,7 @@ def ddim_times(total: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def ddim_walk(
-    denoiser: Callable[[Tensor, Tensor], Tensor],
-    x_t: Tensor,
-    schedule: Schedule,
-    times: Sequence[int],
-    abar_end: float = 1.0,
+    denoiser: Callable, x_t: Tensor, schedule: Schedule, times: Sequence[int], abar_end: float = 1.0
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Walk deterministically from noise to an image (or latent).
 

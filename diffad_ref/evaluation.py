@@ -50,13 +50,7 @@ class Report:
 
 
 def evaluate(
-    detector,
-    dataset,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: bool = True,
-    protocol=None,
-    precision: str = "float32",
+    detector, dataset, batch_size=32, seed=0, progress=True, protocol=None, precision="float32"
 ) -> Report:
     """Judge a detector on a data set with good and defective images.
 
@@ -67,21 +61,17 @@ def evaluate(
         each image is passed with the index that its category has *there*.
     dataset : Dataset
         Samples as of `AnomalyFolder`; without masks only image metrics are computed.
-    seed : int
-        Of the noise: the same seed and batch size give the same report on the same machine.
-    protocol : optional
-        One of `tools.protocols.PROTOCOLS`: judge as a released code does.
-    precision : str
-        Of `predict`, if the detector takes one: see `detector.precision_on`.
+    seed, protocol, precision
+        Of the noise: the same seed and batch size give the same report on the same machine. One of
+        `tools.protocols.PROTOCOLS`: judge as a released code does. See `precision_on`.
 
     Raises ValueError for no or unlabelled images, only good or only defective ones, a category that
     the detector does not know, and NaN or a wrong shape in what it returns.
     """
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there is nothing to evaluate")
-    options = {} if precision == "float32" else {"precision": precision}
-    found = _predict_all(detector, dataset, batch_size, seed, progress, options)
-    images, maps, masks, seconds = found
+    bits = {} if precision == "float32" else {"precision": precision}
+    images, maps, masks, seconds = _predict_all(detector, dataset, batch_size, seed, progress, bits)
     tables = _tables(images, maps, masks, protocol)
     name, way = type(detector).__name__, protocol.name if protocol else "exact"
     return Report(*tables, images, name, way, seed, precision, seconds / len(images), maps, masks)

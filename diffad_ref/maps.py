@@ -73,7 +73,7 @@ def feature_distance(features: list[Tensor], others: list[Tensor], size: int) ->
 class ResNetFeatures(nn.Module):
     """Stages of a ResNet-50, 0 to 4; released: 1, 2, 3 for MVTec AD, 0, 2, 4 for VisA."""
 
-    MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+    PIXELS = {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}  # of ImageNet
     _ready, borrowed = False, True  # the device is asked once; weights come from elsewhere
 
     def __init__(self, stages: tuple[int, ...] = (1, 2, 3)):
@@ -87,7 +87,7 @@ class ResNetFeatures(nn.Module):
         network = create_feature_extractor(resnet50(), {nodes[s]: str(s) for s in stages})
         self.network = network.requires_grad_(False).eval()
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
-        for name, values in (("mean", self.MEAN), ("deviation", self.DEVIATION)):
+        for name, values in self.PIXELS.items():
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def prepare(self, images: Tensor | None = None) -> None:

@@ -11,22 +11,21 @@ from torch import Tensor, nn
 
 class _GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        shape = *x.shape[:2], x[0, 0].numel()
-        return torch.native_group_norm(x, weight, bias, *shape, self.num_groups, self.eps)[0]
+        affine, shape = (self.weight.to(x), self.bias.to(x)), (*x.shape[:2], x[0, 0].numel())
+        return torch.native_group_norm(x, *affine, *shape, self.num_groups, self.eps)[0]
 
 
 class _LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0]
+        affine = self.weight.to(x), self.bias.to(x)
+        return torch.native_layer_norm(x, self.normalized_shape, *affine, self.eps)[0]
 
 
 def lean(network: nn.Module) -> None:
-    """From now on, a network's normalisations leave 16-bit tensors as they are.
+    """From now on, a network's normalisations take 16-bit tensors, and give them.
 
-    Autocast would copy what goes into them to float32, and keep the copies for the backward pass;
-    it does not know the native functions. Those compute means and variances in float32 anyway.
+    Autocast would keep float32 copies of both; it does not know the native functions, which compute
+    means and variances in float32 anyway.
     """
     kinds = {nn.GroupNorm: _GroupNorm, nn.LayerNorm: _LayerNorm}
     for module in network.modules():
@@ -114,23 +113,12 @@ class LatentUNet(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int = 4,
-        classes: int = 15,
-        width: int = 256,
-        multipliers: tuple[int, ...] = (1, 2, 4),
-        blocks: int = 2,
-        heads: int = 8,
-        context: int = 512,
-        dropout: float = 0.0,
-        norm_groups: int = 32,
+        self, channels, classes, width, multipliers, blocks, heads, context, dropout, norm_groups
     ):
         super().__init__()
         widths, levels = [width * m for m in multipliers], range(len(multipliers))
-        many = tuple(w // (width // heads) for w in widths)
-        self.unet = latent_unet(
-            channels, widths, blocks, many, context, norm_groups, levels, dropout
-        )
+        sizes = channels, widths, blocks, tuple(w // (width // heads) for w in widths)
+        self.unet = latent_unet(*sizes, context, norm_groups, levels, dropout)
         self.embedding = nn.Embedding(classes, context)
 
     def forward(self, z: Tensor, t: Tensor, category: Tensor) -> Tensor:
@@ -143,9 +131,8 @@ def stable_diffusion(source: str | os.PathLike) -> dict[str, Tensor]:
     """State of One-for-More's `ControlledUNet`: a pipeline's U-Net, and its empty prompt.
 
     The text never changes, so the text encoder runs once, here. `source` is a name on the hub, or
-    a folder with `unet`, `text_encoder` and `tokenizer`. Raises FileNotFoundError if something is
-    missing or the hub cannot be reached, and ImportError without `transformers`, an extra:
-    `pip install "diffad_ref[paper]"`.
+    a folder with `unet`, `text_encoder` and `tokenizer`; FileNotFoundError if something is missing.
+    Needs `transformers`, an extra: `pip install "diffad_ref[paper]"`.
     """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer

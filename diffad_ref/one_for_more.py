@@ -126,20 +126,12 @@ class ControlledUNet(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int = 4,
-        width: int = 320,
-        multipliers: tuple[int, ...] = (1, 2, 4, 4),
-        blocks: int = 2,
-        heads: int = 8,
-        prompt: tuple[int, int] = (77, 768),
-        norm_groups: int = 32,
-        attention_levels: tuple[int, ...] | None = None,
+        self, channels, width, multipliers, blocks, heads, prompt, norm_groups, attention_levels=()
     ):
         super().__init__()
         widths, levels = [width * m for m in multipliers], range(len(multipliers))
-        attends = levels[:-1] if attention_levels is None else attention_levels
-        self.unet = latent_unet(channels, widths, blocks, heads, prompt[1], norm_groups, attends)
+        levels = attention_levels or levels[:-1]
+        self.unet = latent_unet(channels, widths, blocks, heads, prompt[1], norm_groups, levels)
         self.unet.conv_in.__class__ = ConditionedConv
         self.register_buffer("prompt", torch.zeros(1, *prompt))
 

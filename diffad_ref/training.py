@@ -73,10 +73,9 @@ def fit(
 
     Parameters
     ----------
-    dataset : Dataset
-        Normal images, as samples of `diffad_ref.data`.
-    steps, rate
-        Of the whole run, shared by the stages in proportion; learning rates, as a share of theirs.
+    dataset, steps, rate
+        Normal images, as samples of `diffad_ref.data`; steps of the whole run, which the stages
+        share in proportion; learning rates, as a share of theirs.
     batch_size, accumulate, checkpointing
         Instead of the stages': images at a time and process; see `Stage`.
     precision, compile
@@ -84,22 +83,21 @@ def fit(
     ema : float, optional
         Decay of a moving average of the weights, with which each stage then ends.
     out : path, optional
-        Folder for checkpoints, every `save_every` steps, from which an unfinished run goes on, on
-        whatever device there is then.
+        Folder for checkpoints, every `save_every` steps. A run goes on from it, on any device.
     seed : int
         Equal seeds give equal weights on the same CPU and number of threads. On a GPU they do so
         up to rounding, or under `torch.use_deterministic_algorithms(True)`.
-    device, num_workers : optional
-        By default a GPU, if there is one; as many processes that load images as `Feed` needs.
-    on_optimizer : callable, optional
-        Gets the optimiser of each stage before its first step, to attach hooks.
+    device, num_workers, on_optimizer
+        By default a GPU, if there is one; processes that load images, by default as `Feed` needs;
+        what gets the optimiser of each stage before its first step, to attach hooks.
 
     Raises ValueError for empty data, a loss that is not finite, a precision that the device lacks,
     an `out` of another run, and a GPU whose memory is too small.
     """
     if len(dataset) == 0:
         raise ValueError("there is nothing to train on: the data set is empty")
-    device = torch.device(device or PartialState().device)  # it also lets processes meet
+    there = PartialState(cpu=str(device) == "cpu").device  # this also lets processes meet
+    device = torch.device(device or there)
     world, rank = processes()
     chosen = precision_on(device, precision)
     stages = _plan(detector.stages, steps, batch_size, rate, accumulate, checkpointing)

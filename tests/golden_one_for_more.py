@@ -67,6 +67,7 @@ def build_unet(name, context):
         given["num_res_blocks"],
         given["num_heads"],
         context.shape[1:],
+        norm_groups=32,
         attention_levels=tuple(n for n in levels if 2**n in given["attention_resolutions"]),
     )
     network.unet.load_state_dict(converted_unet(weights(name), given["num_res_blocks"]))

@@ -204,6 +204,7 @@ def build(name):
         given["num_heads"],
         given["context_dim"],
         dropout=0.4,
+        norm_groups=32,
     )
     network.load_state_dict(corrector_state(weights(name), given["num_res_blocks"]))
     return network.eval()

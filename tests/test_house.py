@@ -23,10 +23,10 @@ HOUSE = rooms()
 # ------------------------------------------------------------------------------------ size and wall
 
 
-def test_the_flat_part_has_at_most_20_files_and_4400_lines():
+def test_the_flat_part_has_at_most_20_files_and_4300_lines():
     lines = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
     print(f"{len(lines)} files, {sum(lines.values())} lines, the longest {max(lines.values())}")
-    assert len(lines) <= 20 and sum(lines.values()) <= 4400 and max(lines.values()) <= 400
+    assert len(lines) <= 20 and sum(lines.values()) <= 4300 and max(lines.values()) <= 400
 
 
 @pytest.mark.parametrize("name", HOUSE)

@@ -259,7 +259,7 @@ def test_stages_are_those_of_the_network_of_torchvision():
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
         for layer in layers
     ]
-    mean, deviation = (torch.tensor(v)[:, None, None] for v in (features.MEAN, features.DEVIATION))
+    mean, deviation = features.mean, features.deviation
     with torch.no_grad():
         own((images - mean) / deviation)
         found = features(images)
