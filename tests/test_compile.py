@@ -42,7 +42,7 @@ CASES = [
     pytest.param(da.DiffusionAD, "denoiser", marks=pytest.mark.long),
     (da.DiffusionAD, "segmenter"),
     pytest.param(da.DecoDiff, "corrector", marks=pytest.mark.long),
-    (da.OneForMore, "unet"),
+    pytest.param(da.OneForMore, "unet", marks=pytest.mark.long),
     (da.OneForMore, "condition"),
 ]
 

@@ -77,6 +77,7 @@ def test_between_two_readings_of_the_losses_a_training_waits_for_nothing(on_card
     assert [wait.split(" ", 1)[1] for wait in more] == ["copies to the CPU"]
 
 
+@pytest.mark.long
 def test_a_prediction_of_images_from_the_cpu_waits_for_nothing(on_card):
     card, detector = on_card
     side = detector.config.image_size

@@ -1,6 +1,8 @@
 """What a plan says, against what was measured on a card."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -19,13 +21,7 @@ from diffad_ref.tools.plan import GB, GPUS, MATRIX_SHARE, SHARES, Plan, Protecti
 # Measured on 2026-11-26 at commit 6499745 on one H100 80 GB, with PyTorch 2.11 and random weights;
 # DeCo-Diff on latents. GB are those of torch.cuda.max_memory_allocated over 2³⁰; none: did not fit
 # into 78. Normalisations worked in float32 then, whatever came in.
-MEASURED = [
-    ("DiffusionAD", 8, {"float32": 43.0, "bf16": 37.3}),
-    ("DiffusionAD", 16, {"float32": None, "bf16": 72.4}),
-    ("DecoDiff", 128, {"float32": 51.0, "bf16": 36.1}),
-    ("OneForMore", 12, {"float32": 18.5, "bf16": 17.2}),
-]
-SECONDS = {"DiffusionAD": (16, 0.526), "DecoDiff": (128, 0.264), "OneForMore": (12, 0.357)}
+RECORD = json.loads((Path(__file__).parents[1] / "bench" / "h100.json").read_text())["steps"]
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +38,25 @@ def as_measured():
 
 @pytest.mark.long
 def test_memory_is_within_five_percent_of_what_was_measured(as_measured):
-    for method, batch_size, measured in MEASURED:
-        for precision, gigabytes in measured.items():
-            planned = as_measured[method].memory(batch_size, precision)
-            if gigabytes is None:
-                assert planned > 78 > as_measured[method].memory(batch_size - 2, precision)
+    for row in RECORD:
+        batch_size, seen = row["batch"], as_measured[row["method"]]
+        for precision in ("float32", "bf16"):
+            planned = seen.memory(batch_size, precision)
+            if row[precision] is None:
+                assert planned > 78 > seen.memory(batch_size - 2, precision)
             else:
-                assert planned == pytest.approx(gigabytes, rel=0.05), (method, batch_size)
+                assert planned == pytest.approx(row[precision]["GiB"], rel=0.05), row
 
 
 @pytest.mark.long
 def test_shares_of_the_peak_are_counted_arithmetic_over_measured_seconds(as_measured):
-    for method, (batch_size, seconds) in SECONDS.items():
-        reached = as_measured[method].step_flops * batch_size / seconds
-        assert reached / (GPUS["H100 SXM"][0] * 1e12) == pytest.approx(SHARES[method], abs=0.006)
+    for row in RECORD[1:]:  # the recipes' batches
+        reached = as_measured[row["method"]].step_flops * row["batch"] / row["bf16"]["seconds"]
+        share = SHARES[row["method"]]
+        assert reached / (GPUS["H100 SXM"][0] * 1e12) == pytest.approx(share, abs=0.006)
 
 
+@pytest.mark.long
 def test_planning_needs_no_memory_for_weights_and_changes_no_detector():
     small = {"width": 16, "multipliers": (1,), "classes": 2, "resize": 36}
     detector = DecoDiff.tiny(image_size=32, **small)
