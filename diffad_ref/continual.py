@@ -99,6 +99,8 @@ def fit_continual(
 ) -> Continual:
     """Train a detector, in place, on tasks one after the other, and judge it after each.
 
+    Raises ValueError if tasks are empty or share a category, `out` holds another run, or as `fit`.
+
     Parameters
     ----------
     root, tasks
@@ -113,8 +115,6 @@ def fit_continual(
         `rate` and `steps` of `fit` in every task but the first, in which a network must move far.
     seed, progress, options
         As for `fit`, for each task.
-
-    Raises ValueError if tasks are empty or share a category, `out` holds another run, or as `fit`.
     """
     check_tasks(tasks)
     if protection not in PROTECTIONS:

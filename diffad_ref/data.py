@@ -119,6 +119,12 @@ class Record:
 class AnomalyFolder(Dataset):
     """Images with their masks from a folder in the MVTec layout; see `Detector.folder`, too.
 
+    `dataset[i]` is a dict: image (3, H, W) float32 in [0, 1], mask (1, H, W) in {0, 1}, label,
+    category, category_index, texture, kind, path, and foreground (1, H, W) if it was asked for.
+    `has_labels` is False if test images lie loose in one folder, `has_masks` if any defective
+    image lacks its mask, `000_mask.png` or `000.png`; zeros stand for it. `categories` may be
+    replaced by a longer list. What is missing is a FileNotFoundError, what is wrong a ValueError.
+
     Parameters
     ----------
     root : path
@@ -135,12 +141,6 @@ class AnomalyFolder(Dataset):
         Keep the middle of each resized image, so many pixels a side. Labels stay as they are.
     cache, plain
         Keep decoded images in memory; the category of a `root` without layout (`from_folders`).
-
-    `dataset[i]` is a dict: image (3, H, W) float32 in [0, 1], mask (1, H, W) in {0, 1}, label,
-    category, category_index, texture, kind, path, and foreground (1, H, W) if it was asked for.
-    `has_labels` is False if test images lie loose in one folder, `has_masks` if any defective
-    image lacks its mask, `000_mask.png` or `000.png`; zeros stand for it. `categories` may be
-    replaced by a longer list. What is missing is a FileNotFoundError, what is wrong a ValueError.
     """
 
     raw = False  # whether pictures stay bytes: see `as_floats`

@@ -54,6 +54,9 @@ def evaluate(
 ) -> Report:
     """Judge a detector on a data set with good and defective images.
 
+    Raises ValueError for no or unlabelled images, only good or only defective ones, a category that
+    the detector does not know, and NaN or a wrong shape in what it returns.
+
     Parameters
     ----------
     detector : Detector
@@ -64,9 +67,6 @@ def evaluate(
     seed, protocol, precision
         Of the noise: the same seed and batch size give the same report on the same machine. One of
         `tools.protocols.PROTOCOLS`: judge as a released code does. See `precision_on`.
-
-    Raises ValueError for no or unlabelled images, only good or only defective ones, a category that
-    the detector does not know, and NaN or a wrong shape in what it returns.
     """
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there is nothing to evaluate")

@@ -71,6 +71,9 @@ def fit(
 ) -> History:
     """Train a detector, in place, by the stages of its config; it ends in evaluation mode.
 
+    Raises ValueError for empty data, a loss that is not finite, a precision that the device lacks,
+    an `out` of another run, and a GPU whose memory is too small.
+
     Parameters
     ----------
     dataset, steps, rate
@@ -90,9 +93,6 @@ def fit(
     device, num_workers, on_optimizer
         By default a GPU, if there is one; processes that load images, by default as `Feed` needs;
         what gets the optimiser of each stage before its first step, to attach hooks.
-
-    Raises ValueError for empty data, a loss that is not finite, a precision that the device lacks,
-    an `out` of another run, and a GPU whose memory is too small.
     """
     if len(dataset) == 0:
         raise ValueError("there is nothing to train on: the data set is empty")
