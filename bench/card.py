@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import Dataset
@@ -19,10 +20,10 @@ from diffad_ref import DecoDiff, DiffusionAD, OneForMore
 from diffad_ref.continual import gather
 from diffad_ref.detector import Detector, arithmetic
 from diffad_ref.gradient_projection import GradientProjectionMemory
-from diffad_ref.one_for_more import paste
 from diffad_ref.tools.memory import peak_memory
 
 PRECISIONS = ("float32", "tf32", "bf16")
+GATHERED = 8  # images, from which a task's 339 are extrapolated
 
 
 @dataclass(frozen=True)
@@ -56,45 +57,51 @@ class Pictures(Dataset):
         return {"image": self.images[i], "category_index": 0}
 
 
-def rows(device: torch.device, size: str = "paper", rounds: int = 5) -> list[Row]:
+def rows(
+    device: torch.device, size: str = "paper", rounds: int = 5, compiled: bool = True
+) -> list[Row]:
     """Nothing on a CPU, for which these sizes are too large; `size` may be "tiny"."""
     if device.type != "cuda" and size == "paper":
         return []
     out = []
     for case in CASES:
-        for row in _rows_of(case, device, size, rounds):
+        for row in _rows_of(case, device, size, rounds, compiled):
             print(json.dumps(row.to_dict()), file=sys.stderr, flush=True)  # should it break off
             out.append(row)
     return out
 
 
-def _rows_of(case: Case, device: torch.device, size: str, rounds: int) -> Iterator[Row]:
+def _rows_of(case: Case, device, size: str, rounds: int, compiled: bool) -> Iterator[Row]:
     torch.manual_seed(0)
     detector = getattr(case.method, size)().to(device)
     for part in detector.modules():  # nothing is loaded: that they are ready is only said
         if hasattr(part, "is_ready"):
             part._ready = True
-    name, kinds = case.method.__name__, (*PRECISIONS, "bf16, compiled")
-    for kind in kinds:
-        if kind.endswith("compiled"):
-            detector.compile()
-        precision, batch = kind.split(",")[0], batch_for(detector, case.batch)
-        step = training_step(detector, batch, precision)
-        what = f"{name}: training step, batch {case.batch}, {kind}"
+    yield from _steps(detector, case, PRECISIONS, device, rounds)
+    yield from _predictions(detector, case, ("float32", "bf16"), device, rounds)
+    if case.method is OneForMore:
+        yield from _protection(detector, case, device, rounds)
+    if compiled:
+        detector.compile()
+        yield from _steps(detector, case, ("bf16",), device, rounds, ", compiled")
+        yield from _predictions(detector, case, ("bf16",), device, rounds, ", compiled")
+
+
+def _steps(detector, case: Case, precisions, device, rounds: int, how="") -> Iterator[Row]:
+    for precision in precisions:
+        step = training_step(detector, batch_for(detector, case.batch), precision)
+        what = f"{case.method.__name__}: training step, batch {case.batch}, {precision}{how}"
         yield from measured(step, what, device, rounds, case.seconds, case.gigabytes)
+
+
+def _predictions(detector, case: Case, precisions, device, rounds: int, how="") -> Iterator[Row]:
     for count, limit in case.predictions.items():
         x = torch.rand(count, 3, *[detector.config.image_size] * 2, device=device)
         index = torch.zeros(count, dtype=torch.long)
-        for precision in ("float32", "bf16"):
-            what = f"{name}: prediction of {count}, {precision}, an image"
-            call = lambda x=x, i=index, p=precision: detector.predict(x, i, precision=p)  # noqa: E731
+        for precision in precisions:
+            call = partial(detector.predict, x, index, precision=precision)
+            what = f"{case.method.__name__}: prediction of {count}, {precision}{how}, an image"
             yield from measured(call, what, device, rounds, limit / 1e3, None, count)
-    if case.method is OneForMore:
-        yield from _protection(detector, case, device, rounds)
-        generator = torch.Generator(device).manual_seed(0)
-        images = torch.rand(case.batch, 3, *[detector.config.image_size] * 2, device=device)
-        call = lambda: paste(images, detector.config.pasting, generator)  # noqa: E731
-        yield from measured(call, f"{name}: pasting into {case.batch}", device, rounds)
 
 
 def batch_for(detector: Detector, count: int) -> dict:
@@ -148,14 +155,14 @@ def measured(
 
 
 def _protection(detector: Detector, case: Case, device, rounds: int) -> Iterator[Row]:
-    """Gathering over 8 images, extending, and a step that is projected."""
+    """Gathering over some images, extending, and a step that is projected."""
     plain = training_step(detector, batch_for(detector, case.batch), "bf16")
     (seconds,) = best(plain, rounds=rounds)
     memory = GradientProjectionMemory(detector, gamma=detector.config.gamma)
-    data = Pictures(8, detector.config.image_size)
+    data = Pictures(GATHERED, detector.config.image_size)
     name = f"{case.method.__name__}: gathering over {len(data)} images and extending"
-    once = lambda: gather(detector, memory, data, progress=False)  # noqa: E731
-    yield from measured(once, name, device, 1, 900 * 8 / 339, 17)
+    once = partial(gather, detector, memory, data, progress=False)
+    yield from measured(once, name, device, 1, 900 * len(data) / 339, 17)
     guarded = training_step(
         detector,
         batch_for(detector, case.batch),

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -281,24 +282,20 @@ class Feed:
         with ThreadPoolExecutor() as pool:  # while one decodes, others may
             samples = pool.map(self.dataset.__getitem__, range(count))
             bar = tqdm(samples, "read", count, leave=False, disable=not progress)
-            return _to(default_collate(list(bar)), self.device)
+            return send_to_device(default_collate(list(bar)), self.device, non_blocking=True)
 
     def batches(self, numbers: np.ndarray) -> Iterator[dict]:
         """The samples of such numbers (count, B), batch by batch."""
         if self.held is None:
             loader = DataLoader(self.dataset, batch_sampler=numbers.tolist(), **self.settings)
-            yield from (as_floats(_to(batch, self.device)) for batch in loader)
+            for batch in loader:
+                yield as_floats(send_to_device(batch, self.device, non_blocking=True))
             return
         places = torch.from_numpy(numbers).to(self.device)
         for names, place in zip(numbers.tolist(), places, strict=True):
             chosen = {k: v[place] for k, v in self.held.items() if isinstance(v, Tensor)}
             texts = {k: [v[n] for n in names] for k, v in self.held.items() if k not in chosen}
             yield as_floats(texts | chosen)
-
-
-def _to(batch: dict, device: torch.device) -> dict:
-    there = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
-    return batch | there
 
 
 def _read_mask_of(record: Record, path: Path, image_size: tuple[int, int]) -> np.ndarray:

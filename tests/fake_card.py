@@ -25,15 +25,14 @@ COUNTING = (ATEN.nonzero.default, ATEN.masked_select.default, ATEN.unique_dim.de
 
 
 class Card(TorchDispatchMode):
-    """Notes each wait, as "file.py:line what", in `waits`; `operations` counts what was asked."""
+    """Notes each wait, as "file.py:line what", in `waits`."""
 
     def __init__(self):
         super().__init__()
-        self.waits, self.operations = [], 0
+        self.waits = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, tensors = dict(kwargs or {}), [a for a in args if isinstance(a, torch.Tensor)]
-        self.operations += 1
         if kwargs.get("generator") is not None and not tensors:
             kwargs["device"] = torch.device("cuda")  # where a real training draws
             function = getattr(function.overloadpacket, PLAIN[function._overloadname])

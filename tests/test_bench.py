@@ -9,11 +9,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmark is run from there
 
-from bench import denoising, memory, metrics, steps, svd, synthesis  # noqa: E402
+from bench import card, denoising, memory, metrics, steps, svd, synthesis  # noqa: E402
 from bench.command import TOPICS, chosen, main  # noqa: E402
 from bench.maps import anomaly_maps  # noqa: E402
 from bench.table import Row, to_markdown  # noqa: E402
-from diffad_ref import DecoDiff  # noqa: E402
+from diffad_ref import DecoDiff, OneForMore  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -122,3 +122,15 @@ def test_memory_of_the_metrics_is_measured_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(memory, "in_child", memory.judge)  # here in this one, which is quicker
     time, peak = memory.rows(CPU, count=8, size=32)
     assert time.here > 0 and (peak.here is None or peak.rival == "limit")
+
+
+def test_a_card_is_measured_at_every_precision_and_a_cpu_not_at_all(monkeypatch):
+    assert card.rows(CPU) == []
+    tiny = card.Case(OneForMore, 2, 1.0, 1.0, {1: 1000.0})
+    monkeypatch.setattr(card, "CASES", (tiny,))
+    monkeypatch.setattr(card, "GATHERED", 2)
+    found = card.rows(CPU, "tiny", rounds=1, compiled=False)
+    words = " ".join(row.measured for row in found)
+    assert all(f"batch 2, {kind}" in words for kind in card.PRECISIONS)
+    assert "prediction of 1, bf16" in words and "gathering over 2 images" in words
+    assert all(row.here > 0 for row in found) and "projected" in found[-1].measured

@@ -22,7 +22,7 @@ from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.diffusion_ad import Config, DiffusionAD
 from diffad_ref.one_for_more import OneForMore
 from diffad_ref.tools.baselines import without_denoiser
-from diffad_ref.tools.commands import add_to_record
+from diffad_ref.tools.records import add_to_record
 
 RECORD = {"command": "by hand", "seed": 3, "metrics": {"image_auroc": 0.75}}
 

@@ -7,7 +7,6 @@ comments as help; `run` does what they say.
 from __future__ import annotations
 
 import json
-import platform
 import shlex
 import sys
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torchvision
 import tyro
 from accelerate import PartialState
 from pandas import DataFrame
@@ -27,13 +25,7 @@ from tyro.conf import Positional, arg, create_mutex_group
 
 import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
-from diffad_ref.checkpoints import (
-    as_text,
-    load_weights,
-    read_description,
-    weights_path,
-    write_text,
-)
+from diffad_ref.checkpoints import load_weights, read_description, write_text
 from diffad_ref.continual import GAMMA, PROTECTIONS, check_tasks
 from diffad_ref.detector import PRECISIONS, precision_on
 from diffad_ref.diffusion import seeded
@@ -44,6 +36,7 @@ from diffad_ref.tools.memory import peak_memory
 from diffad_ref.tools.options import Count, Model, Names, Root, Settings, Training, Weights
 from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
+from diffad_ref.tools.records import add_to_record, versions
 from diffad_ref.tools.sheet import write_sheet
 
 BASELINES = {"template": baselines.Template, "PCA": baselines.PCA}
@@ -375,23 +368,6 @@ def _rows(table: tables.Shown) -> list[dict]:
     """Its cells as JSON knows them, fractions as they are."""
     frame = table.frame.reset_index()
     return json.loads(frame.to_json(orient="records", double_precision=15))
-
-
-def add_to_record(path: str | Path, entries: dict) -> None:
-    """Add entries to the record in the JSON beside a weights file; the weights stay as they are."""
-    description = read_description(path)
-    description["record"] = (description.get("record") or {}) | entries
-    write_text(as_text(description), weights_path(path).with_suffix(".json"))
-
-
-def versions() -> dict[str, str]:
-    """Of everything that may change a number."""
-    return {
-        "diffad_ref": da.__version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def main(argv: list[str] | None = None) -> int:

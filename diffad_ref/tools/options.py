@@ -66,7 +66,7 @@ class Training:
     steps: Count | None = None  # instead of the recipe's
     batch_size: Count | None = None  # images at a time, instead of the recipe's
     accumulate: Count | None = None  # batches a step, instead of the recipe's
-    checkpointing: bool = False  # less memory, a third more time
+    checkpointing: bool = False  # keep less for the backward pass, and compute it again
     precision: Literal[PRECISIONS] = "auto"  # the fastest that the device has
     compile: bool = False  # compile the networks first: minutes, then faster steps
     ema: float | None = None  # decay of an average of the weights, such as 0.999

@@ -1,0 +1,27 @@
+"""How a result came to be: what is written beside weights and into reports."""
+
+import platform
+from pathlib import Path
+
+import torch
+import torchvision
+
+import diffad_ref as da
+from diffad_ref.checkpoints import as_text, read_description, weights_path, write_text
+
+
+def add_to_record(path: str | Path, entries: dict) -> None:
+    """Add entries to the record in the JSON beside a weights file; the weights stay as they are."""
+    description = read_description(path)
+    description["record"] = (description.get("record") or {}) | entries
+    write_text(as_text(description), weights_path(path).with_suffix(".json"))
+
+
+def versions() -> dict[str, str]:
+    """Of everything that may change a number."""
+    return {
+        "diffad_ref": da.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }
