@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch.utils.data import Dataset
 
 from bench.table import Row
-from bench.timing import best
+from bench.timing import best, wait
 from diffad_ref import DecoDiff, DiffusionAD, OneForMore
 from diffad_ref.continual import gather
 from diffad_ref.detector import Detector, arithmetic
 from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.tools.memory import peak_memory
+from diffad_ref.training import fit
 
 PRECISIONS = ("float32", "tf32", "bf16")
-GATHERED = 8  # images, from which a task's 339 are extrapolated
+GATHERED, TASK = 8, 339  # images that are gathered, and those of a task, extrapolated from them
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,32 @@ CASES = (
 )
 
 
-class Pictures(Dataset):
-    """Some images of noise, of one category."""
+class Samples(Dataset):
+    """So many samples of a batch, one by one, again and again."""
 
-    def __init__(self, count: int, side: int):
-        self.images = torch.rand(count, 3, side, side)
+    def __init__(self, batch: dict, count: int):
+        self.batch, self.count = {name: values.cpu() for name, values in batch.items()}, count
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.count
 
     def __getitem__(self, i: int) -> dict:
-        return {"image": self.images[i], "category_index": 0}
+        return {name: values[i % len(values)] for name, values in self.batch.items()}
+
+
+class TimedMemory(GradientProjectionMemory):
+    """Counts the seconds in which a memory is extended."""
+
+    seconds = 0.0
+
+    def extend(self):
+        """As always."""
+        wait()
+        start = time.perf_counter()
+        taken = super().extend()
+        wait()
+        self.seconds += time.perf_counter() - start
+        return taken
 
 
 def rows(
@@ -63,28 +80,55 @@ def rows(
     """Nothing on a CPU, for which these sizes are too large; `size` may be "tiny"."""
     if device.type != "cuda" and size == "paper":
         return []
-    out = []
-    for case in CASES:
-        for row in _rows_of(case, device, size, rounds, compiled):
-            print(json.dumps(row.to_dict()), file=sys.stderr, flush=True)  # should it break off
-            out.append(row)
+    out, kinds = [], (_plain, _protection, _compiled) if compiled else (_plain, _protection)
+    for kind in kinds:  # what is compiled comes last: it takes longest
+        for case in CASES:
+            for row in kind(_detector(case, size, device), case, device, rounds):
+                print(json.dumps(row.to_dict()), file=sys.stderr, flush=True)  # should it break off
+                out.append(row)
     return out
 
 
-def _rows_of(case: Case, device, size: str, rounds: int, compiled: bool) -> Iterator[Row]:
+def _detector(case: Case, size: str, device: torch.device) -> Detector:
     torch.manual_seed(0)
-    detector = getattr(case.method, size)().to(device)
+    with device:
+        detector = getattr(case.method, size)()
     for part in detector.modules():  # nothing is loaded: that they are ready is only said
         if hasattr(part, "is_ready"):
             part._ready = True
+    return detector.to(device)
+
+
+def _plain(detector: Detector, case: Case, device, rounds: int) -> Iterator[Row]:
     yield from _steps(detector, case, PRECISIONS, device, rounds)
     yield from _predictions(detector, case, ("float32", "bf16"), device, rounds)
-    if case.method is OneForMore:
-        yield from _protection(detector, case, device, rounds)
-    if compiled:
-        detector.compile()
-        yield from _steps(detector, case, ("bf16",), device, rounds, ", compiled")
-        yield from _predictions(detector, case, ("bf16",), device, rounds, ", compiled")
+    yield _fit(detector, case, device, rounds)
+
+
+def _compiled(detector: Detector, case: Case, device, rounds: int) -> Iterator[Row]:
+    detector.compile()
+    yield from _steps(detector, case, ("bf16",), device, rounds, ", compiled")
+    yield from _predictions(detector, case, ("bf16",), device, rounds, ", compiled")
+
+
+def _fit(detector: Detector, case: Case, device, rounds: int) -> Row:
+    """A step of `fit`, from runs of two lengths, beside that of a bare loop."""
+    batch = batch_for(detector, case.batch)
+    step = training_step(detector, batch, "bf16")
+    loops = [partial(_repeat, step, n * rounds) for n in (2, 6)]
+    detector.stages = (replace(detector.stages[-1], batch_size=case.batch),)
+    options = {"device": device, "precision": "bf16", "progress": False}
+    data = Samples(batch, 4 * case.batch)
+    runs = [partial(fit, detector, data, n * rounds, **options) for n in (2, 6)]
+    few, many, short, long = best(*loops, *runs, rounds=2)
+    what, steps = f"{case.method.__name__}: a step of fit, batch {case.batch}, bf16", 4 * rounds
+    found, bare = (long - short) / steps, (many - few) / steps
+    return Row("card", what, found, "s", "bare loop", bare, 1 / 1.05)
+
+
+def _repeat(step: Callable, count: int) -> None:
+    for _ in range(count):
+        step()
 
 
 def _steps(detector, case: Case, precisions, device, rounds: int, how="") -> Iterator[Row]:
@@ -156,19 +200,27 @@ def measured(
 
 def _protection(detector: Detector, case: Case, device, rounds: int) -> Iterator[Row]:
     """Gathering over some images, extending, and a step that is projected."""
+    if case.method is not OneForMore:
+        return
+    memory = TimedMemory(detector, gamma=detector.config.gamma)
+    data = Samples(batch_for(detector, case.batch), GATHERED)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    with peak_memory(device) as peak:
+        start = time.perf_counter()
+        taken = gather(detector, memory, data, progress=False)
+        each = (time.perf_counter() - start - memory.seconds) / GATHERED
+    task = TASK * each + memory.seconds
+    yield Row("card", "OneForMore: gathering, an image", each)
+    yield Row("card", f"OneForMore: extending after {GATHERED} images", memory.seconds)
+    what = f"OneForMore: a task of {TASK} images, from these two"
+    yield Row("card", what, task, "s", "goal", 900, 1.0)
+    found = (peak.bytes - before) / 1e9
+    yield Row("card", "OneForMore: memory beyond the model's", found, "GB", "goal", 17, 1.0)
+    share = sum(rank / features for rank, features in taken.values()) / len(taken)
     plain = training_step(detector, batch_for(detector, case.batch), "bf16")
     (seconds,) = best(plain, rounds=rounds)
-    memory = GradientProjectionMemory(detector, gamma=detector.config.gamma)
-    data = Pictures(GATHERED, detector.config.image_size)
-    name = f"{case.method.__name__}: gathering over {len(data)} images and extending"
-    once = partial(gather, detector, memory, data, progress=False)
-    yield from measured(once, name, device, 1, 900 * len(data) / 339, 17)
-    guarded = training_step(
-        detector,
-        batch_for(detector, case.batch),
-        "bf16",
-        lambda o: memory.protect(o, rest="freeze"),
-    )
+    protect = partial(memory.protect, rest="freeze")
+    guarded = training_step(detector, batch_for(detector, case.batch), "bf16", protect)
     (projected,) = best(guarded, rounds=rounds)
-    what = f"{case.method.__name__}: projected training step"
+    what = f"OneForMore: projected training step, {share:.0%} held"
     yield Row("card", what, projected, "s", "plain step", seconds, 1 / 1.5)

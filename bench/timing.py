@@ -18,14 +18,15 @@ def best(*calls: Callable[[], object], rounds: int = 5) -> list[float]:
         call()
     for _ in range(rounds):
         for taken, call in zip(seconds, calls, strict=True):
-            _wait()
+            wait()
             start = time.perf_counter()
             call()
-            _wait()
+            wait()
             taken.append(time.perf_counter() - start)
     return [min(taken) for taken in seconds]
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Until a GPU has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

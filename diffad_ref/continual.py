@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -24,7 +23,7 @@ from diffad_ref.diffusion import seeded
 from diffad_ref.evaluation import evaluate
 from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.metrics import METRICS
-from diffad_ref.training import fit, restore
+from diffad_ref.training import fit, meet, restore
 
 GAMMA = 0.9999  # share of an old task's energy that is protected, if the config does not say
 
@@ -132,7 +131,7 @@ def fit_continual(
         AnomalyFolder(root, categories=ahead, cache=False)  # better missed now than hours later
     _same_run(Path(out) / "run.json", settings)
 
-    process = PartialState(cpu=str(options.get("device")) == "cpu")
+    process = meet(options.get("device"))
     detector.to(options.get("device") or process.device)
     detector.enter(detector.stages[-1])
     memory = GradientProjectionMemory(detector, gamma=gamma)
@@ -173,7 +172,7 @@ def _learn(detector, memory, root, tasks, protection: str, every: int, options: 
     record = {"tasks": tasks, "seed": options["seed"], "steps": len(history.rows)}
     record |= {"data": {"images": len(train), "categories": task}}
     record["precision"] = precision_on(detector.device, options.get("precision", "auto"))
-    if PartialState().is_main_process:
+    if meet().is_main_process:
         save(detector, folder / "weights", record | {"final_losses": history.ending()}, half=True)
         write_tensors(memory.state_dict(), folder / "memory.safetensors")
         write_text(json.dumps({"rows": rows, "taken": taken}), folder / "result.json")
@@ -206,7 +205,7 @@ def gather(
 
     Once for each of its `groups`, with the same noise. Returns what `extend` does, of all layers.
     """
-    process, taken = PartialState(), {}
+    process, taken = meet(detector.device), {}
     share = range(0, len(data), every)[process.process_index :: process.num_processes]
     batches = DataLoader(Subset(data, share), 16)
     for group in memory.groups():

@@ -240,10 +240,8 @@ class DiffusionAD(Detector):
         config, self.textures = self.config, None
         packed = config.patch_size * 2 ** (len(config.multipliers) - 1)
         multiple = math.lcm(packed, 2**5)  # the segmentation network has six levels
-        if config.image_size % multiple:
-            raise ValueError(
-                f"image_size must be a multiple of {multiple}, not {config.image_size}"
-            )
+        if (side := config.image_size) % multiple:
+            raise ValueError(f"image_size must be a multiple of {multiple}, not {side}")
         if config.draws < 1:
             raise ValueError(f"draws must be at least 1, not {config.draws}")
         self.schedule = Schedule.named(config.schedule, config.steps)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 class _GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
-        affine, shape = (self.weight.to(x), self.bias.to(x)), (*x.shape[:2], x[0, 0].numel())
-        return torch.native_group_norm(x, *affine, *shape, self.num_groups, self.eps)[0]
+        affine, size = (self.weight.to(x), self.bias.to(x)), (*x.shape[:2], x[0, 0].numel())
+        return torch.native_group_norm(x.contiguous(), *affine, *size, self.num_groups, self.eps)[0]
 
 
 class _LayerNorm(nn.LayerNorm):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, utils
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -96,7 +96,7 @@ def fit(
     """
     if len(dataset) == 0:
         raise ValueError("there is nothing to train on: the data set is empty")
-    there = PartialState(cpu=str(device) == "cpu").device  # this also lets processes meet
+    there = meet(device).device
     device = torch.device(device or there)
     world, rank = processes()
     chosen = precision_on(device, precision)
@@ -117,7 +117,7 @@ def fit(
     if compile:
         detector.compile()
     feed = Feed(dataset, device, num_workers, progress and rank == 0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(None if device.type == "cuda" else []):
         for number in range(run.stage, len(stages)):
             stage, key = stages[number], [seed, number]
             optimizer = run.begin(number, stage, ema, chosen)
@@ -201,6 +201,11 @@ def restore(detector: Detector, out: str | os.PathLike) -> dict[str, Tensor]:
 
 def _borrowed(detector: Detector) -> list[str]:
     return [name for name, m in detector.named_children() if getattr(m, "borrowed", False)]
+
+
+def meet(device: str | torch.device | None = None) -> PartialState:
+    """Let processes meet, by default on GPUs, where there are any; ACCELERATE_USE_CPU forbids."""
+    return PartialState(cpu=str(device) == "cpu" or utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def processes() -> tuple[int, int]:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would wait
-os.environ["ACCELERATE_USE_CPU"] = "true"  # equal to the last bit; `test_card.py` is for a GPU
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # to the last bit; a GPU has test_card.py
 
 import numpy as np
 import pytest

@@ -132,5 +132,5 @@ def test_a_card_is_measured_at_every_precision_and_a_cpu_not_at_all(monkeypatch)
     found = card.rows(CPU, "tiny", rounds=1, compiled=False)
     words = " ".join(row.measured for row in found)
     assert all(f"batch 2, {kind}" in words for kind in card.PRECISIONS)
-    assert "prediction of 1, bf16" in words and "gathering over 2 images" in words
+    assert "prediction of 1, bf16" in words and "gathering, an image" in words
     assert all(row.here > 0 for row in found) and "projected" in found[-1].measured

@@ -96,8 +96,7 @@ def test_what_is_protected_on_the_card_stays(root):
     train(detector, root, 1)
     memory = GradientProjectionMemory(detector, gamma=0.99)
     data = detector.folder(root, "train", categories=["gear", "gravel"])
-    gather(detector, memory, data, every=10, progress=False)
-    taken = memory.extend()
+    taken = gather(detector, memory, data, every=10, progress=False)
     assert any(0 < rank < features for rank, features in taken.values())
     before = {name: layer.weight.detach().clone() for name, layer in memory.layers.items()}
     train(detector, root, 3, on_optimizer=partial(memory.protect, rest="freeze"))

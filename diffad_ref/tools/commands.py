@@ -17,7 +17,6 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from accelerate import PartialState
 from pandas import DataFrame
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -38,6 +37,7 @@ from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
 from diffad_ref.tools.records import add_to_record, versions
 from diffad_ref.tools.sheet import write_sheet
+from diffad_ref.training import meet
 
 BASELINES = {"template": baselines.Template, "PCA": baselines.PCA}
 WHICH = create_mutex_group(required=True, title="tasks")
@@ -132,7 +132,7 @@ class Train(Command):
             print(f"not in {self.imagenet}, or of another shape: {kept}", file=sys.stderr)
         if self.latents:
             still = detector.folder(root, "train", crop=config.image_size, cache=False, **only)
-            detector.to(PartialState().device).prepare(still)
+            detector.to(meet().device).prepare(still)
             return detector, CachedLatents(still, detector.codec, self.latents)
         if photographs:
             return detector, Photographs(detector.view("train")["image_size"])
@@ -246,7 +246,7 @@ class Evaluate(Command):
             other.categories = detector.categories
             load_weights(other, detector.state_dict(), f"{self.weights} with --set")
             detector = other.eval()
-        detector.to(PartialState().device)
+        detector.to(meet().device)
         root = options.root_of(self.data, detector.config.image_size)
         record = read_description(self.weights).get("record") or {}
         commands = [record["command"]] if "command" in record else []
@@ -319,7 +319,7 @@ class Predict(Command):
     json: bool = False  # print scores and files as JSON
 
     def run(self, command: str) -> None:
-        detector = da.load(self.weights).to(PartialState().device)
+        detector = da.load(self.weights).to(meet().device)
         data, folder = self._data(detector)
         maps, scores = self._maps_and_scores(detector, data)
         limits = (0.0, max(1.0, maps.max().item()))  # one scale for all; most methods end at 1
@@ -386,7 +386,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         chosen.run("python -m diffad_ref " + shlex.join(argv))
     except (ValueError, OSError) as error:
-        print(f"diffad_ref: {error}", file=sys.stderr)
+        said = str(error).rsplit(f"\n{type(error).__name__}: ", 1)[-1]  # of a process that loads
+        print(f"diffad_ref: {said.rstrip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("diffad_ref: stopped; a training goes on where it was saved", file=sys.stderr)
