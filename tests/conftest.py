@@ -1,5 +1,6 @@
 """A tiny data set in the MVTec layout, and the place where the scripts are."""
 
+import multiprocessing
 import os
 import sys
 from functools import partial
@@ -23,6 +24,23 @@ def write_image(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(pixels)).save(path)
     return path
+
+
+@pytest.fixture
+def start():
+    """Starts a function of a test's module in a process of its own, without what this one did.
+
+    Where there is a GPU, gradients that were computed before would not survive a plain fork.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffad_ref"])  # once for all: it takes seconds
+
+    def run(work, *arguments):
+        process = context.Process(target=work, args=arguments, daemon=True)
+        process.start()
+        return process
+
+    return run
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Tasks one after the other: measures by hand, what protections hold, and runs that break off."""
 
-import multiprocessing
 from dataclasses import asdict, replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -442,18 +441,15 @@ def projectors(rank=0, world=1):
 
 def gather_a_share(rank, folder):
     """What one of two processes does."""
-    torch.set_num_threads(1)  # threads do not survive a fork
+    torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     torch.save(projectors(rank, 2), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_gather_the_memory_of_one_that_sees_everything(tmp_path):
-    context = multiprocessing.get_context("fork")  # another start would import everything anew
-    processes = [context.Process(target=gather_a_share, args=(k, tmp_path)) for k in (0, 1)]
-    for process in processes:
-        process.start()
+def test_two_processes_gather_the_memory_of_one_that_sees_everything(tmp_path, start):
+    processes = [start(gather_a_share, k, tmp_path) for k in (0, 1)]
     for process in processes:
         process.join(60)
         process.kill()

@@ -3,7 +3,6 @@
 Most tests train `Line`, two weights and a bias, so that a run takes milliseconds.
 """
 
-import multiprocessing
 import os
 import signal
 import time
@@ -118,19 +117,6 @@ def train(detector, data=None, **settings):
         Points() if data is None else data,
         **{"device": "cpu", "progress": False, **settings},
     )
-
-
-def fork(work, *arguments):
-    """Start a function in a process of its own; another start would import everything anew."""
-
-    def run():
-        os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
-        torch.set_num_threads(1)
-        work(*arguments)
-
-    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
-    process.start()
-    return process
 
 
 # ----------------------------------------------------------------------------------------- it works
@@ -393,9 +379,15 @@ class Slow(Line):
 Slow.__name__ = "Line"  # a run is known by the name of its method
 
 
-def test_a_process_killed_without_warning_resumes_bit_for_bit(tmp_path):
+def train_slowly(stages, settings):
+    """What a process does that will be killed."""
+    torch.set_num_threads(1)
+    train(Slow(stages, noise=0.1), **settings)
+
+
+def test_a_process_killed_without_warning_resumes_bit_for_bit(tmp_path, start):
     stages, settings = (Stage("line", 60, 2, BOTH),), {"save_every": 1, "ema": 0.9}
-    process = fork(lambda: train(Slow(stages, noise=0.1), out=tmp_path, **settings))
+    process = start(train_slowly, stages, settings | {"out": tmp_path})
     while not (tmp_path / STATE).exists():
         assert process.is_alive()
         time.sleep(0.01)
@@ -570,6 +562,7 @@ def train_a_share(rank, folder):
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     detector = Line()
@@ -579,8 +572,8 @@ def train_a_share(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one_with_batches_twice_as_large(tmp_path):
-    processes = [fork(train_a_share, rank, tmp_path) for rank in (0, 1)]
+def test_two_processes_are_one_with_batches_twice_as_large(tmp_path, start):
+    processes = [start(train_a_share, rank, tmp_path) for rank in (0, 1)]
     for process in processes:
         process.join(60)
         process.kill()
