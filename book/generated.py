@@ -167,24 +167,41 @@ def plan_tables() -> str:
 
 
 def card_tables(record: Path) -> str:
-    """What one card took, from its record: training steps, then predictions."""
-    found = json.loads(record.read_text())
-    names = {"DecoDiff": "DeCo-Diff", "OneForMore": "One-for-More"}
-    steps, predictions = [], []
-    for row in found["steps"]:
-        line = {"method": names.get(row["method"], row["method"]), "batch": row["batch"]}
-        for kind in ("float32", "tf32", "bf16"):
-            cell = row[kind]
-            words = "too large" if cell is None else f"{cell['seconds']:.2f} s"
-            line[kind] = words + (f", {cell['GiB']:.0f} GiB" if cell and "GiB" in cell else "")
+    """What one card took at last, from its records: training steps, then predictions.
+
+    The bf16 figures of the record before stand beside them.
+    """
+    before, now = json.loads(record.read_text())[-2:]
+    steps, predictions, earlier = [], [], f"bf16 at {before['commit']}"
+    for row in now["steps"]:
+        old = _same(row, before["steps"])
+        line = _of_method(row) | {"batch": row["batch"]}
+        line |= {kind: _step(row[kind]) for kind in ("float32", "tf32", "bf16")}
+        fit = row.get("fit")
+        line |= {earlier: _step(old["bf16"]), "`fit` to a bare loop": f"{fit:.2f}" if fit else ""}
         steps.append(line)
-    for row in found["predictions"]:
-        line = {"method": names.get(row["method"], row["method"]), "images at a time": row["batch"]}
-        cells = {kind: row[kind] for kind in ("float32", "tf32", "bf16")}
-        line |= {k: "" if v is None else f"{v:.0f} ms" for k, v in cells.items()}
-        predictions.append(line)
-    where = f"{found['card']}, PyTorch {found['torch']}, {found['pixels']} pixels, random weights"
+    for row in now["predictions"]:
+        old = _same(row, before["predictions"])
+        cells = {"float32": row["float32"], "bf16": row["bf16"], earlier: old["bf16"]}
+        cells["bf16, compiled"] = row.get("compiled")
+        line = _of_method(row) | {"images at a time": row["batch"]}
+        predictions.append(line | {k: "" if v is None else f"{v:.0f} ms" for k, v in cells.items()})
+    where = f"{now['card']}, PyTorch {now['torch']}, {now['pixels']} pixels, random weights"
     return (
-        f"Measured at commit {found['commit']} on one {where}. A training step:\n\n"
+        f"Measured at commit {now['commit']} on one {where}. A training step:\n\n"
         f"{markdown_table(steps)}\nA prediction, for each image:\n\n{markdown_table(predictions)}"
     )
+
+
+def _of_method(row: dict) -> dict:
+    names = {"DecoDiff": "DeCo-Diff", "OneForMore": "One-for-More"}
+    return {"method": names.get(row["method"], row["method"])}
+
+
+def _same(row: dict, others: list[dict]) -> dict:
+    return next(o for o in others if (o["method"], o["batch"]) == (row["method"], row["batch"]))
+
+
+def _step(cell: dict | None) -> str:
+    words = "too large" if cell is None else f"{cell['seconds']:.2f} s"
+    return words + (f", {cell['GiB']:.0f} GiB" if cell and "GiB" in cell else "")

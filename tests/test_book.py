@@ -381,4 +381,4 @@ def test_links_data_and_local_files_are_no_problem(tmp_path):
 def test_what_a_card_took_is_shown_from_its_record():
     text = card_tables(ROOT / "bench" / "h100.json")
     assert "| DiffusionAD" in text and "too large" in text and "72 GiB" in text
-    assert "commit 6499745" in text
+    assert "commit c50c077" in text and "0.44 s, 48 GiB" in text and "bf16 at 6499745" in text

@@ -18,42 +18,47 @@ from diffad_ref.one_for_more import OneForMore
 from diffad_ref.tools import plan as planning
 from diffad_ref.tools.plan import GB, GPUS, MATRIX_SHARE, SHARES, Plan, Protection, plan, protection
 
-# Measured on 2026-11-26 at commit 6499745 on one H100 80 GB, with PyTorch 2.11 and random weights;
-# DeCo-Diff on latents. GB are those of torch.cuda.max_memory_allocated over 2³⁰; none: did not fit
-# into 78. Normalisations worked in float32 then, whatever came in.
-RECORD = json.loads((Path(__file__).parents[1] / "bench" / "h100.json").read_text())["steps"]
+# Measured on one H100 80 GB, with PyTorch 2.11 and random weights; DeCo-Diff on latents. GB are
+# those of torch.cuda.max_memory_allocated over 2³⁰; none: did not fit into 78. In the first record
+# normalisations worked in float32, whatever came in.
+RECORDS = json.loads((Path(__file__).parents[1] / "bench" / "h100.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def as_measured():
-    """Plans of the papers' sizes with the normalisations that were measured."""
+def paper_plans():
+    """Plans of the papers' sizes, by method."""
     plans = {}
     for method in (DiffusionAD, DecoDiff, OneForMore):
         with torch.device("meta"):
             bare = method.paper()
-        with patch.object(diffad_ref.detector, "lean", lambda network: None):
-            plans[method.__name__] = plan(bare, latents=method is DecoDiff)
+        plans[method.__name__] = plan(bare, latents=method is DecoDiff)
     return plans
 
 
-@pytest.mark.long
-def test_memory_is_within_five_percent_of_what_was_measured(as_measured):
-    for row in RECORD:
-        batch_size, seen = row["batch"], as_measured[row["method"]]
+def compare(plans, record, tolerance):
+    """Hold what is planned against what a card took."""
+    for row in record["steps"]:
+        batch_size, seen = row["batch"], plans[row["method"]]
         for precision in ("float32", "bf16"):
             planned = seen.memory(batch_size, precision)
             if row[precision] is None:
                 assert planned > 78 > seen.memory(batch_size - 2, precision)
             else:
-                assert planned == pytest.approx(row[precision]["GiB"], rel=0.05), row
+                assert planned == pytest.approx(row[precision]["GiB"], rel=tolerance), row
 
 
 @pytest.mark.long
-def test_shares_of_the_peak_are_counted_arithmetic_over_measured_seconds(as_measured):
-    for row in RECORD[1:]:  # the recipes' batches
-        reached = as_measured[row["method"]].step_flops * row["batch"] / row["bf16"]["seconds"]
+def test_memory_was_within_five_percent_of_what_was_measured_with_norms_in_float32():
+    with patch.object(diffad_ref.detector, "lean", lambda network: None):
+        compare(paper_plans(), RECORDS[0], 0.05)
+
+
+@pytest.mark.long
+def test_memory_and_shares_of_the_peak_are_near_what_was_measured_last():
+    compare(plans := paper_plans(), RECORDS[-1], 0.12)
+    for row in RECORDS[-1]["steps"]:  # the recipes' batches
+        reached = plans[row["method"]].step_flops * row["batch"] / row["bf16"]["seconds"]
         share = SHARES[row["method"]]
-        assert reached / (GPUS["H100 SXM"][0] * 1e12) == pytest.approx(share, abs=0.006)
+        assert reached / (GPUS["H100 SXM"][0] * 1e12) == pytest.approx(share, abs=0.002)
 
 
 @pytest.mark.long

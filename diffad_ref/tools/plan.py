@@ -30,9 +30,9 @@ GB = 2**30
 # states them. A T4 has no bf16, and takes fp16.
 GPUS = {"T4": (65, 8.1, 16), "A100 80 GB": (312, 19.5, 80), "H100 SXM": (989, 67, 80)}
 # The share of the 16-bit peak that a bf16 training step reached on an H100, at the paper's size and
-# the recipe's batch: arithmetic over seconds (16 images in 0.526 s, 128 latents in 0.264 s, 12
-# images in 0.357 s; PyTorch 2.11, nothing compiled). Other cards are assumed to reach the same.
-SHARES = {"DiffusionAD": 0.11, "DecoDiff": 0.17, "OneForMore": 0.03}
+# the recipe's batch: arithmetic over seconds (16 images in 0.441 s, 128 latents in 0.251 s, 12
+# images in 0.153 s; PyTorch 2.11, nothing compiled). Other cards are assumed to reach the same.
+SHARES = {"DiffusionAD": 0.133, "DecoDiff": 0.178, "OneForMore": 0.073}
 SAME = {"fp16": "bf16", "tf32": "float32"}  # in bytes
 MATRIX_SHARE = 0.5  # of the float32 peak, of products of large matrices: assumed, not measured
 
