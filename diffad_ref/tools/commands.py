@@ -40,6 +40,7 @@ from diffad_ref.tools.sheet import write_sheet
 from diffad_ref.training import meet
 
 BASELINES = {"template": baselines.Template, "PCA": baselines.PCA}
+BASELINES["nearest"] = baselines.NearestFeatures
 WHICH = create_mutex_group(required=True, title="tasks")
 FORM = create_mutex_group(required=False, title="form")
 
@@ -187,10 +188,10 @@ class Continual(Command):
 class Evaluate(Command):
     """Measure a detector on the test images of a folder."""
 
-    weights: Weights  # a .safetensors file with its .json; or template or PCA
+    weights: Weights  # a .safetensors file with its .json; or template, PCA or nearest
     data: Root
     categories: Names = None  # only these
-    image_size: Count = 64  # pixels, for template and PCA
+    image_size: Count = 64  # pixels, for template, PCA and nearest
     set: Settings = ()
     batch_size: Count = 32  # images at a time
     seed: int = 0  # of the noise
@@ -231,7 +232,7 @@ class Evaluate(Command):
 
     def _baseline(self):
         if self.set or self.record:
-            raise ValueError("--set and --record are for weights, not for template and PCA")
+            raise ValueError("--set and --record are for weights, not for a baseline")
         settings = {"image_size": self.image_size, "categories": self.categories}
         root = options.root_of(self.data, self.image_size)
         train, test = (da.AnomalyFolder(root, split, **settings) for split in ("train", "test"))
@@ -385,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(chosen.threads)
     try:
         chosen.run("python -m diffad_ref " + shlex.join(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         said = str(error).rsplit(f"\n{type(error).__name__}: ", 1)[-1]  # of a process that loads
         print(f"diffad_ref: {said.rstrip()}", file=sys.stderr)
         return 2
