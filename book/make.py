@@ -46,6 +46,7 @@ HTML = ROOT / "_build" / "html"
 
 DATA_SETS = {  # folders of book/records and their titles
     "toy": "Toy factory, 64 pixels, one model for six categories",
+    "mvtec": "MVTec AD, two of fifteen categories, 256 pixels",
     "tile": "Magnetic tiles, a sample of real photographs, 128 pixels unless said otherwise",
 }
 

@@ -23,10 +23,11 @@ from diffad_ref.diffusion_ad import Config, DiffusionAD, top_k_mean
 
 
 class Baseline(nn.Module):
-    """What both share: learning per category from good images, and the score of an image.
+    """What all share: learning per category from good images, and the score of an image.
 
     The image score is the mean of the 50 largest pixels of the map, as in DiffusionAD (D11), so
-    that only the maps differ. Parameters are those of the subclasses.
+    that only the maps differ; or of the 50 largest patches, where patches are compared. Parameters
+    are those of the subclasses.
     """
 
     def __init__(self, per_category: bool = True, sigma: float = 1.0):
@@ -95,10 +96,12 @@ class Baseline(nn.Module):
             )
         group = self._group(len(images), category_index)
         normal = self._rebuild(images, group)
-        anomaly = self._difference(images, normal, group)
+        difference = self._difference(images, normal, group)[:, None]  # of pixels, or of patches
+        anomaly = F.interpolate(difference, size=images.shape[-2:], mode="bilinear")
         size = 2 * round(4 * self.sigma) + 1
-        anomaly = gaussian_blur(anomaly[:, None], [size, size], [self.sigma, self.sigma])[:, 0]
-        return Prediction(anomaly, top_k_mean(anomaly, k=50), normal.clamp(0, 1))
+        anomaly = gaussian_blur(anomaly, [size, size], [self.sigma, self.sigma])
+        judged = anomaly if difference.shape == anomaly.shape else difference
+        return Prediction(anomaly[:, 0], top_k_mean(judged, k=50), normal.clamp(0, 1))
 
     def _group(self, count: int, category_index: Tensor | None) -> Tensor:
         """Which of the fitted groups each image belongs to."""
@@ -195,7 +198,9 @@ class NearestFeatures(Baseline):
     What a patch looks like is the mean, over 3 x 3 places, of the features of strides 8 and 16. The
     memory keeps patches of good images that lie far from one another. The map is the distance of
     each patch to the nearest that is kept, enlarged and smoothed; nothing is trained. The idea is
-    PatchCore's (Roth et al., CVPR 2022, arXiv 2106.08265).
+    PatchCore's (Roth et al., CVPR 2022, arXiv 2106.08265). Its image score is that of one patch; of
+    1, 5, 20 and 50 patches, 50 told best which of MVTec AD's bottles and transistors, held back
+    from training, had synthetic defects.
 
     Parameters
     ----------
@@ -260,7 +265,7 @@ class NearestFeatures(Baseline):
             distances = [torch.cdist(x.flatten(0, 1), self.patches[number]) for x in wanted]
             least = torch.stack([d.amin(1) for d in distances])
             nearest[chosen] = least.view(-1, 1, *features.shape[2:])
-        return F.interpolate(nearest, size=images.shape[-2:], mode="bilinear")[:, 0]
+        return nearest[:, 0]
 
 
 def pretrained_network(name: str) -> nn.Module:
