@@ -189,7 +189,8 @@ def card_tables(record: Path) -> str:
     where = f"{now['card']}, PyTorch {now['torch']}, {now['pixels']} pixels, random weights"
     return (
         f"Measured at commit {now['commit']} on one {where}. A training step:\n\n"
-        f"{markdown_table(steps)}\nA prediction, for each image:\n\n{markdown_table(predictions)}"
+        f"{markdown_table(steps)}\nA prediction, for each image:\n\n{markdown_table(predictions)}\n"
+        f"{now.get('note', '')}\n"
     )
 
 

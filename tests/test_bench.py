@@ -124,6 +124,22 @@ def test_memory_of_the_metrics_is_measured_in_a_process_of_its_own(monkeypatch):
     assert time.here > 0 and (peak.here is None or peak.rival == "limit")
 
 
+def test_what_does_not_fit_costs_no_other_row(monkeypatch):
+    def large(detector, case, device, rounds):
+        yield card.Row("card", "small", 1.0)
+        raise torch.cuda.OutOfMemoryError
+
+    def next_one(detector, case, device, rounds):
+        yield card.Row("card", "next", 1.0)
+
+    monkeypatch.setattr(card, "CASES", (card.Case(OneForMore, 2, 1.0, 1.0, {1: 1.0}),))
+    monkeypatch.setattr(card, "_plain", large)
+    monkeypatch.setattr(card, "_protection", next_one)
+    found = card.rows(CPU, "tiny", rounds=1, compiled=False)
+    assert [row.measured for row in found] == ["small", "OneForMore: what comes next", "next"]
+    assert [row.note for row in found] == ["", "out of memory", ""]
+
+
 def test_a_card_is_measured_at_every_precision_and_a_cpu_not_at_all(monkeypatch):
     assert card.rows(CPU) == []
     tiny = card.Case(OneForMore, 2, 1.0, 1.0, {1: 1000.0})

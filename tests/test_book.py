@@ -382,3 +382,4 @@ def test_what_a_card_took_is_shown_from_its_record():
     text = card_tables(ROOT / "bench" / "h100.json")
     assert "| DiffusionAD" in text and "too large" in text and "72 GiB" in text
     assert "commit c50c077" in text and "0.44 s, 48 GiB" in text and "bf16 at 6499745" in text
+    assert "compiled beside a training" in text

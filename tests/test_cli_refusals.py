@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from diffad_ref import evaluation
 from diffad_ref.__main__ import main
 from diffad_ref.checkpoints import read_description, save
 from diffad_ref.diffusion_ad import DiffusionAD
@@ -110,6 +111,17 @@ def test_truncated_image_is_named(words, fails, mvtec_root, tmp_path, name):
     assert any(f"cannot read the image {path}" in message for path in paths)
     assert not (tmp_path / "out" / "scores.csv").exists()
     assert not (tmp_path / "out" / "weights.safetensors").exists()
+
+
+def test_what_a_loading_process_says_is_said_without_its_history(
+    words, fails, mvtec_root, monkeypatch
+):
+    (path, *_) = sorted((mvtec_root / "bottle" / "test" / "crack").iterdir())
+    truncate(path)
+    monkeypatch.setattr(evaluation, "loading", lambda device: {"num_workers": 1})  # as for a GPU
+    assert fails(*words["evaluate"], mvtec_root).startswith(
+        f"diffad_ref: cannot read the image {path}"
+    )
 
 
 def test_evaluation_needs_good_and_defective_images(words, fails, mvtec_root):

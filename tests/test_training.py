@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffad_ref import training
 from diffad_ref.checkpoints import read_tensors
 from diffad_ref.detector import Detector, Rate, Stage
 from diffad_ref.diffusion_ad import DiffusionAD
@@ -400,6 +401,16 @@ def test_a_process_killed_without_warning_resumes_bit_for_bit(tmp_path, start):
     assert train(resumed, out=tmp_path, **settings).rows == history.rows
     assert torch.equal(state(resumed), state(unbroken))
     assert 0 < len(resumed.seen) < 60
+
+
+@pytest.mark.parametrize(
+    ("device", "flag", "cpu"),
+    [(None, "false", False), ("cuda", "false", False), ("cpu", "false", True), (None, "1", True)],
+)
+def test_processes_meet_on_a_cpu_only_if_that_is_asked_for(monkeypatch, device, flag, cpu):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", flag)
+    monkeypatch.setattr(training, "PartialState", lambda cpu: cpu)
+    assert training.meet(device) == cpu
 
 
 def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path):
