@@ -96,6 +96,24 @@ def _turned(images: Tensor, degrees: Tensor, mode: str = "nearest") -> Tensor:
     return F.grid_sample(images, grid, mode, align_corners=False)
 
 
+def estimate_foreground(image: np.ndarray) -> np.ndarray:
+    """Where the product is, uint8 (H, W) in {0, 1}, guessed from an image, uint8 (H, W, 3).
+
+    Each pixel's distance from the border's median colour is cut by Otsu's threshold, and gaps are
+    closed. If that gives almost nothing or almost everything, the whole image counts.
+    """
+    from scipy import ndimage
+    from skimage.filters import threshold_otsu
+
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    distance = np.abs(image - np.median(border, axis=0)).max(-1)
+    reach = max(1, len(image) // 24)
+    product = ndimage.maximum_filter(distance > threshold_otsu(distance), 4 * reach + 1)
+    product = ndimage.minimum_filter(product, 2 * reach + 1)  # gaps are closed, a margin is kept
+    whole = not 0.05 <= product.mean() <= 0.95
+    return np.ones_like(product, np.uint8) if whole else product.astype(np.uint8)
+
+
 # Photographs in scikit-image, without those that the toy factory sells: brick, grass, gravel.
 BUILT_IN = (
     *("astronaut", "camera", "cell", "chelsea", "coffee", "coins", "hubble_deep_field"),
@@ -192,7 +210,7 @@ def augment(images: Tensor, generator: torch.Generator, count: int = 3) -> Tenso
     b, draw = len(images), Draw(generator, images.device)
     chosen, levels = draw.orders(b, len(WAYS)) < count, (images * 255).round()
     for i, (change, *ranges) in enumerate(WAYS):  # all images: a card waits to be asked
-        strengths = [draw.uniform(b, 1, 1, 1, low=low, high=high) for low, high in ranges]
+        strengths = [draw.uniform(b, n, 1, 1, low=low, high=high) for low, high, n in ranges]
         levels = _where(chosen[:, i], change(levels, *strengths).clamp_(0, 255).round_(), levels)
     return levels / 255
 
@@ -231,15 +249,16 @@ def _equalized(x: Tensor) -> Tensor:
     return functional.equalize(x.to(torch.uint8)).float()
 
 
-# Of levels (B, 3, H, H), whole numbers from 0 to 255, and strengths (B, 1, 1, 1) in their ranges.
+# Of levels (B, 3, H, H), whole numbers from 0 to 255, and strengths in their ranges: (B, 1, 1, 1),
+# or (B, 3, 1, 1) where each channel has its own.
 WAYS = (
-    (lambda x, gamma: 255 * (x / 255) ** gamma, (0.5, 2.0)),
-    (lambda x, brightness: brightness * x, (0.8, 1.2)),
-    (_sharpened, (0.2, 3.0)),
-    (_recoloured, (-0.3, 0.3), (0.5, 1.5)),
-    (lambda x, threshold: torch.where(x < threshold, x, 255 - x), (32, 128)),  # solarize
-    (lambda x, bits: x - x % 2 ** (8 - bits.floor()), (2, 6)),  # posterize
-    *((_turned, (-45, 45)), (lambda x: 255 - x,), (_stretched,), (_equalized,)),
+    (lambda x, gamma: 255 * (x / 255) ** gamma, (0.5, 2.0, 3)),
+    (lambda x, factor, offset: factor * x + offset, (0.8, 1.2, 1), (-30, 30, 1)),  # brightness
+    (_sharpened, (0.2, 3.0, 1)),
+    (_recoloured, (-0.3, 0.3, 1), (0.5, 1.5, 1)),
+    (lambda x, threshold: torch.where(x < threshold, x, 255 - x), (32, 128, 1)),  # solarize
+    (lambda x, bits: x - x % 2 ** (8 - bits.floor()), (2, 6, 1)),  # posterize
+    *((_turned, (-45, 45, 1)), (lambda x: 255 - x,), (_stretched,), (_equalized,)),
 )
 
 
@@ -253,7 +272,7 @@ class Synthesis:
     beta: tuple[float, float] = (0.2, 0.8)  # share of the image that shines through
     p_self: float = 0.5  # share of objects whose source is the object itself, shuffled
     shuffle: str = "grid"  # "grid": 8 x 8 tiles (paper); "strips": the released code
-    n_augmentations: int = 3  # of ten, on texture sources
+    n_augmentations: int = 3  # of ten, on every source; a self-shuffled one before its shuffling
     # Only for tiny: with few textures and short training, a source is found by its colour alone.
     p_match: float = 0.0  # share of texture sources in the product's own colours
     p_flat: float = 0.0  # share of sources that are one colour of the image: a part painted over
@@ -279,14 +298,15 @@ def synthesize(
     """
     b, size, draw = len(images), images.shape[-1], Draw(generator, images.device)
     normal, match, shuffled, flat = draw.uniform(4, b)
-    source = augment(crop_textures(bank, b, size, generator), generator, settings.n_augmentations)
+    both = torch.cat([crop_textures(bank, b, size, generator), images])
+    source, own = augment(both, generator, settings.n_augmentations).chunk(2)
     grey = (images.amax(1) - images.amin(1)).flatten(1).amax(1) < 0.02
     source = _where(grey, source.mean(1, keepdim=True).expand_as(source), source)
     if settings.p_match:
         source = _where(match < settings.p_match, match_statistics(source, images, draw), source)
     shuffle = {"grid": shuffle_grid, "strips": shuffle_strips}[settings.shuffle]
     itself = ~is_texture & (shuffled < settings.p_self)
-    source = _where(itself, shuffle(images, generator), source)
+    source = _where(itself, shuffle(own, generator), source)
     if settings.p_flat:
         source = _where(flat < settings.p_flat, own_colour(images, draw), source)
 

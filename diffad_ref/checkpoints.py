@@ -8,7 +8,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import dacite
@@ -69,10 +69,12 @@ def pretrained(name: str) -> Detector:
     return load(SHIPPED / name)
 
 
-def load_shipped(detector: Detector, name: str) -> None:
-    """Begin where shipped weights end; ValueError if they are of another size."""
+def load_shipped(detector: Detector, name: str, own: Sequence[str] = ()) -> None:
+    """Begin where shipped weights end, apart from `own` parts; ValueError for another size."""
     path = SHIPPED / f"{name}.safetensors"
-    load_weights(detector, read_tensors(path), f"{path} (start=None begins from scratch)")
+    theirs = {k: v for k, v in read_tensors(path).items() if k.split(".")[0] not in own}
+    kept = {k: v for k, v in detector.state_dict().items() if k.split(".")[0] in own}
+    load_weights(detector, theirs | kept, f"{path} (start=None begins from scratch)")
 
 
 def config_of(kind: type, plain: dict):
@@ -101,6 +103,18 @@ def as_text(description: dict) -> str:
     """JSON, one entry a line, with flat lists on one line."""
     text = json.dumps(description, indent=1)
     return re.sub(r"\[\n[^\[\]{}]*\]", lambda flat: re.sub(r"\n\s*", "", flat[0]), text)
+
+
+def differences(before: dict, now: dict, under: str = "") -> list[str]:
+    """Names, with dots, of the settings that differ between two plain dicts."""
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        a, b = before.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{under}{name}.")
+        elif a != b:
+            found.append(under + name)
+    return found
 
 
 def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: object) -> None:

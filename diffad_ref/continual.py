@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from diffad_ref.checkpoints import read_tensors, save, write_tensors, write_text
+from diffad_ref.checkpoints import differences, read_tensors, save, write_tensors, write_text
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.detector import Detector, precision_on
 from diffad_ref.diffusion import seeded
@@ -192,7 +192,7 @@ def _same_run(path: Path, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))  # as it looks after a round trip
     before = json.loads(path.read_text("utf-8")) if path.exists() else settings
     now = settings | {"tasks": settings["tasks"][: len(before["tasks"])]}
-    if different := sorted(n for n in before.keys() | now if before.get(n) != now.get(n)):
+    if different := differences(before, now):
         found = f"{path.parent} holds another run (different {', '.join(different)})"
         raise ValueError(f"{found}; choose another folder, or delete it to start anew")
     write_text(json.dumps(settings, indent=1), path)

@@ -5,6 +5,7 @@ Whatever is odd about a file or a folder (bit depth, missing masks, no labels) i
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -71,6 +73,19 @@ def read_mask(path: str | Path) -> np.ndarray:
     return (np.asarray(image.convert("L")) > 127).astype(np.uint8)
 
 
+# PIL's; but "linear" mixes the nearest four pixels, however much an image shrinks, as OpenCV does.
+ANTIALIASED, BICUBIC, LINEAR = "antialiased", "bicubic", "linear"
+FILTERS = {ANTIALIASED: Image.Resampling.BILINEAR, BICUBIC: Image.Resampling.BICUBIC, LINEAR: None}
+
+
+def resize_image(image: Image.Image, size: tuple[int, int], resample: str) -> np.ndarray:
+    """Resize an RGB image to `size` (height, width), uint8 (H, W, 3), by one of `FILTERS`."""
+    if resample != LINEAR:
+        return np.array(image.resize(size[::-1], FILTERS[resample]))
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    return F.interpolate(planes, size, mode="bilinear")[0].round().byte().permute(1, 2, 0).numpy()
+
+
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize a binary mask (H, W) to `size` (height, width) so that it stays binary.
 
@@ -81,24 +96,6 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     coverage = np.asarray(coverage.resize(size[::-1], Image.Resampling.BOX))
     threshold = min(0.5, float(coverage.max()))
     return ((coverage >= threshold - 1e-6) & (coverage > 0)).astype(np.uint8)
-
-
-def estimate_foreground(image: np.ndarray) -> np.ndarray:
-    """Where the product is, uint8 (H, W) in {0, 1}, guessed from an image, uint8 (H, W, 3).
-
-    Each pixel's distance from the border's median colour is cut by Otsu's threshold, and gaps are
-    closed. If that gives almost nothing or almost everything, the whole image counts.
-    """
-    from scipy import ndimage
-    from skimage.filters import threshold_otsu
-
-    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    distance = np.abs(image - np.median(border, axis=0)).max(-1)
-    reach = max(1, len(image) // 24)
-    product = ndimage.maximum_filter(distance > threshold_otsu(distance), 4 * reach + 1)
-    product = ndimage.minimum_filter(product, 2 * reach + 1)  # gaps are closed, a margin is kept
-    whole = not 0.05 <= product.mean() <= 0.95
-    return np.ones_like(product, np.uint8) if whole else product.astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -132,19 +129,23 @@ class AnomalyFolder(Dataset):
         Folder of categories, or one category, laid out as in `EXPECTED_TREE`.
     split : "train" (good images to learn from) or "test" (good and defective ones to judge)
     image_size : int, (height, width) or None
-        Every image is resized to it (antialiased bilinear); None keeps each image's own size.
+        Every image is resized to it; None keeps each image's own size.
     categories, textures : sequence of str, optional
         Which categories, in the order of `category_index`; by default all, sorted. Which of them
         are surfaces; by default those with a file `texture`, and the known names in `TEXTURES`.
-    foreground : path or "estimate", optional
-        Where the product is: a folder that mirrors `root` with masks, or a guess.
-    crop : int, optional
-        Keep the middle of each resized image, so many pixels a side. Labels stay as they are.
+    foreground : path or callable, optional
+        Where the product is: a folder of masks that mirrors `root`; or the name of one in each
+        category that mirrors its `train` (released: DISthresh, or thresh); or what makes a mask
+        of an object's image, such as `anomalies.estimate_foreground`.
+    crop, resample
+        Keep the middle of each resized image, so many pixels a side; labels stay as they are. How
+        images are resized: see `resize_image`.
     cache, plain
         Keep decoded images in memory; the category of a `root` without layout (`from_folders`).
     """
 
     raw = False  # whether pictures stay bytes: see `as_floats`
+    resize_mask = staticmethod(resize_mask)
 
     def __init__(
         self,
@@ -155,6 +156,7 @@ class AnomalyFolder(Dataset):
         textures: Sequence[str] | None = None,
         foreground: str | Path | None = None,
         crop: int | None = None,
+        resample: str = ANTIALIASED,
         cache: bool = True,
         plain: str | None = None,
     ):
@@ -164,9 +166,10 @@ class AnomalyFolder(Dataset):
         self._size = size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"image_size must be positive, a pair or None, got {image_size!r}")
-        if crop is not None and (size is None or crop > min(size)):
-            raise ValueError(f"cannot crop {crop} pixels from images of size {image_size}")
-        self.foreground = foreground
+        if resample not in FILTERS or crop is not None and (size is None or crop > min(size)):
+            found = f"crop {crop} pixels from images of size {image_size} ({resample})"
+            raise ValueError(f"cannot {found}; resample is one of {', '.join(FILTERS)}")
+        self.foreground, self.resample = foreground, resample
         folders = {plain: self.root} if plain else _category_folders(self.root)
         self.categories, self.samples = _select(folders, categories, self.root), []
         for category in self.categories:
@@ -176,11 +179,14 @@ class AnomalyFolder(Dataset):
             else:
                 truth = None if plain else folder / "ground_truth"
                 records = _read_test(folder if plain else folder / "test", category, truth)
-            if foreground not in (None, "estimate"):
-                records = _add_foreground(records, folder, Path(foreground) / category)
+            if foreground is not None and not callable(foreground):
+                masks, inside = Path(foreground), folder / foreground
+                bare = len(masks.parts) == 1 and inside.is_dir()
+                places = (folder / split, inside) if bare else (folder, masks / category)
+                records = _add_foreground(records, *places)
             self.samples += records
         marked = {name for name in self.categories if (folders[name] / "texture").is_file()}
-        known = marked | TEXTURES.intersection(self.categories)
+        known = marked | (TEXTURES & set(self.categories))
         self.textures = frozenset(known if textures is None else textures)
         if strange := self.textures.difference(self.categories):
             raise ValueError(f"no category {sorted(strange)} among {', '.join(self.categories)}")
@@ -212,6 +218,15 @@ class AnomalyFolder(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def fingerprint(self) -> dict[str, str]:
+        """What tells other images, and other foregrounds, from these: their files and sizes."""
+        found = {}
+        for name in ("path", "foreground_path"):
+            files = [path for r in self.samples if (path := getattr(r, name))]
+            text = repr([(path.parts[-4:], path.stat().st_size) for path in files])
+            found[name] = f"{len(files)} files, {hashlib.sha256(text.encode()).hexdigest()}"
+        return {"images": found["path"], "foreground": found["foreground_path"]}
+
     def __getitem__(self, i: int) -> dict:
         record = self.samples[i]
         parts = self._cache.get(record.path) or self._decode(record)
@@ -232,14 +247,14 @@ class AnomalyFolder(Dataset):
         """The sample's pictures as bytes: image in 0..255, masks in {0, 1}."""
         image = read_image(record.path)
         size = self._size or image.size[::-1]
-        small = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))
+        small = resize_image(image, size, self.resample)
         parts = {"image": small, "mask": np.zeros(size, np.uint8)}
         for name, path in (("mask", record.mask_path), ("foreground", record.foreground_path)):
             if path is not None:
-                parts[name] = resize_mask(_read_mask_of(record, path, image.size), size)
-        if self.foreground == "estimate":
+                parts[name] = self.resize_mask(_read_mask_of(record, path, image.size), size)
+        if callable(self.foreground):
             whole = record.category in self.textures
-            parts["foreground"] = np.ones(size, np.uint8) if whole else estimate_foreground(small)
+            parts["foreground"] = np.ones(size, np.uint8) if whole else self.foreground(small)
         if self.crop is not None:
             rows, columns = (slice((n - self.crop) // 2, (n + self.crop) // 2) for n in size)
             parts = {name: part[rows, columns] for name, part in parts.items()}
@@ -281,21 +296,20 @@ class Feed:
         count = len(self.dataset)
         with ThreadPoolExecutor() as pool:  # while one decodes, others may
             samples = pool.map(self.dataset.__getitem__, range(count))
-            bar = tqdm(samples, "read", count, leave=False, disable=not progress)
-            return send_to_device(default_collate(list(bar)), self.device, non_blocking=True)
+            samples = list(tqdm(samples, "read", count, leave=False, disable=not progress))
+        return send_to_device(default_collate(samples), self.device, non_blocking=True)
 
     def batches(self, numbers: np.ndarray) -> Iterator[dict]:
         """The samples of such numbers (count, B), batch by batch."""
         if self.held is None:
-            loader = DataLoader(self.dataset, batch_sampler=numbers.tolist(), **self.settings)
-            for batch in loader:
+            for batch in DataLoader(self.dataset, batch_sampler=numbers.tolist(), **self.settings):
                 yield as_floats(send_to_device(batch, self.device, non_blocking=True))
             return
         places = torch.from_numpy(numbers).to(self.device)
         for names, place in zip(numbers.tolist(), places, strict=True):
             chosen = {k: v[place] for k, v in self.held.items() if isinstance(v, Tensor)}
-            texts = {k: [v[n] for n in names] for k, v in self.held.items() if k not in chosen}
-            yield as_floats(texts | chosen)
+            others = {k: [v[n] for n in names] for k, v in self.held.items() if k not in chosen}
+            yield as_floats(others | chosen)
 
 
 def _read_mask_of(record: Record, path: Path, image_size: tuple[int, int]) -> np.ndarray:

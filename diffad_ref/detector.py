@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from diffad_ref.data import AnomalyFolder
+from diffad_ref.data import ANTIALIASED, AnomalyFolder
 from diffad_ref.networks import lean
 
 PRECISIONS = ("auto", "float32", "tf32", "bf16", "fp16")
@@ -90,7 +90,7 @@ class Stage:
     """One stretch of a training recipe: which parts learn, for how long, how fast."""
 
     name: str  # shown in the progress bar and in checkpoints
-    steps: int  # optimiser steps
+    steps: int | None  # optimiser steps; None: what `epochs` take, see `counted`
     batch_size: int  # images at a time, on each process
     lr: dict[str, Rate]  # every part that learns; parts not named are frozen
     optimizer: str = "adam"  # "adam" or "adamw"
@@ -98,13 +98,23 @@ class Stage:
     clip: float | None = None  # largest norm of the gradient
     accumulate: int = 1  # batches a step: more images than memory holds
     checkpointing: bool = False  # keep less for the backward pass, and compute it again
+    epochs: int = 0  # instead of steps
+    drop_last: bool = False  # an epoch leaves out images that fill no batch
+
+    def counted(self, images: int, processes: int = 1) -> Stage:
+        """The same with epochs as steps, for so many training images."""
+        if self.steps is not None:
+            return self
+        batches = images / (self.batch_size * self.accumulate * processes)
+        whole = math.floor(batches) if self.drop_last else math.ceil(batches)
+        return replace(self, steps=self.epochs * max(1, whole))
 
 
 class Detector(nn.Module, ABC):
     """Base class of DiffusionAD, DeCo-Diff and One-for-More.
 
-    A subclass defines `Config`, a frozen dataclass with `image_size`, `stages`, `tiny()` and
-    `paper()`, builds its networks, and implements `training_loss` and `judge`. Its direct
+    A subclass defines `Config`, a frozen dataclass with `image_size`, `stages`, `tiny()`, `small()`
+    and `paper()`, builds its networks, and implements `training_loss` and `judge`. Its direct
     children are the parts that a `Stage` names.
     """
 
@@ -130,6 +140,11 @@ class Detector(nn.Module, ABC):
         return cls(cls.Config.tiny(**changes))
 
     @classmethod
+    def small(cls, **changes) -> Detector:
+        """The size for a quarter of an hour on a GPU; arguments are those of `Config.small`."""
+        return cls(cls.Config.small(**changes))
+
+    @classmethod
     def paper(cls, **changes) -> Detector:
         """The published size; arguments are those of `Config.paper`."""
         return cls(cls.Config.paper(**changes))
@@ -144,6 +159,10 @@ class Detector(nn.Module, ABC):
 
     def prepare(self, dataset) -> None:
         """Learn or load what must be known before the first step of a training run; mostly none."""
+
+    def identity(self) -> dict:
+        """What a training run depends on besides the config and its images; mostly nothing."""
+        return {}
 
     def forward(self, batch: dict, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Check a batch of training images, values on the CPU only, and compute its loss."""
@@ -206,9 +225,10 @@ class Detector(nn.Module, ABC):
 
     def view(self, split: str) -> dict:
         """Arguments for `AnomalyFolder`: how the images of "train" or "test" must come."""
-        size = self.config.image_size
-        resize = getattr(self.config, "resize", size)
-        return {"image_size": resize, "crop": size if split == "test" and resize > size else None}
+        config, size = self.config, self.config.image_size
+        resize, resample = getattr(config, "resize", size), getattr(config, "resample", ANTIALIASED)
+        crop = size if split == "test" and resize > size else None
+        return {"image_size": resize, "crop": crop, "resample": resample}
 
     def folder(self, root, split: str = "train", **options) -> AnomalyFolder:
         """A data set in the MVTec layout, at this detector's size: see `AnomalyFolder`."""

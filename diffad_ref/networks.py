@@ -78,6 +78,18 @@ def adm_unet(
         for module in unet.modules():
             if isinstance(module, Attention):
                 module.heads, module.scale = heads, (module.inner_dim // heads) ** -0.5
+    return start_at_zero(unet, "to_out.0")
+
+
+def start_at_zero(unet: nn.Module, *projections: str) -> nn.Module:
+    """Let every residual branch begin by adding nothing, and the network by putting out zeros.
+
+    So the papers' networks start. `projections` are the last layers of their attention, by name.
+    """
+    for name, module in unet.named_modules():
+        if name.endswith(("conv2", "conv_out", *projections)):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
     return unet
 
 
@@ -118,7 +130,8 @@ class LatentUNet(nn.Module):
         super().__init__()
         widths, levels = [width * m for m in multipliers], range(len(multipliers))
         sizes = channels, widths, blocks, tuple(w // (width // heads) for w in widths)
-        self.unet = latent_unet(*sizes, context, norm_groups, levels, dropout)
+        unet = latent_unet(*sizes, context, norm_groups, levels, dropout)
+        self.unet = start_at_zero(unet, "proj_out")
         self.embedding = nn.Embedding(classes, context)
 
     def forward(self, z: Tensor, t: Tensor, category: Tensor) -> Tensor:

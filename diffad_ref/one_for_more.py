@@ -21,11 +21,12 @@ from diffad_ref.checkpoints import load_shipped, load_weights
 from diffad_ref.codecs import CodecConfig, build_codec
 from diffad_ref.detector import Detector, Prediction, Rate, Stage
 from diffad_ref.diffusion import Draw, Schedule, add_noise, ddim_times, ddim_walk, implied_noise
-from diffad_ref.maps import PatchFeatures, ResNetFeatures, feature_distance, gaussian_filter
+from diffad_ref.maps import feature_distance, features_of, gaussian_filter
 from diffad_ref.networks import latent_unet, stable_diffusion
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PHOTOGRAPHS = "photographs"  # the tiny profile's stand-in for it: shipped, trained on photographs
+PAPER_RATES = {"unet": Rate(1e-5), "condition": Rate(1e-5)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Pasting:
     most: int = 4  # patches an image; the first always, each further one with p = 0.5
     size: tuple[float, float] = (0.03, 0.4)  # half-width of a patch, as a share of the side
     scale: tuple[float, float] = (0.7, 1.3)  # by which it is resized
-    from_others: bool = True  # from another image of the batch, or from the image itself
+    source: str = "batch"  # patches come from another image of it, or of "class", or "itself"
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,12 @@ class Config:
     sigma: float = 5.0  # pixels, of the map's smoothing
     gamma: float = 0.999  # share of a task's energy that the memory protects
     every: int = 10  # the memory gathers over every so-manyth training image
-    # One task: 500 epochs of some 1,000 images.
+    features: str = "resnet50"  # or any other network that timm has pretrained; or "patches"
     stages: tuple[Stage, ...] = (
-        Stage("task", 40_000, 12, dict.fromkeys(("unet", "condition"), Rate(1e-5)), "adamw", 1e-2),
+        Stage("task", None, 12, PAPER_RATES, "adamw", weight_decay=1e-2, epochs=500),
     )
     # Only for tiny; the paper has the defaults.
     predicts: str = "noise"  # or the clean "latent": few channels cannot carry noise
-    features: str = "resnet50"  # or "patches": principal components, learned in a second
 
     @classmethod
     def paper(cls, **changes) -> "Config":
@@ -103,9 +103,23 @@ class Config:
             walk=2,  # starts at t = 501: a small network cannot paint all from 901
             stages=(Stage("task", 5000, 16, parts, "adamw", weight_decay=1e-4, clip=1.0),),
             predicts="latent",
-            features="patches",
+            features="patches",  # principal components, learned in a second
         )
         return replace(tiny, **changes)
+
+    @classmethod
+    def small(cls, image_size: int = 128, **changes) -> "Config":
+        """A quarter of an hour on a GPU: 3.3 M parameters, and features that know ImageNet."""
+        parts = dict.fromkeys(("unet", "condition"), Rate(1e-3, "cosine", warmup=50))
+        small = replace(
+            cls.tiny(image_size),
+            start=None,
+            **{"width": 64, "multipliers": (1, 2), "heads": 2, "condition_layers": 4},
+            codec=CodecConfig("pca", channels=16, factor=4),
+            **{"features": "tf_efficientnet_lite0", "walk": 2, "sigma": 4.0},
+            stages=(Stage("task", 2500, 32, parts, "adamw", weight_decay=1e-4, clip=1.0),),
+        )
+        return replace(small, **changes)
 
 
 # ----------------------------------------------------------------------------------------- U-Net
@@ -154,12 +168,19 @@ def learns(name: str, parameter: nn.Parameter) -> bool:
 # takes the colours from around it, so that only its content is wrong (Schlüter et al., ECCV 2022).
 
 
-def paste(images: Tensor, settings: Pasting, generator: torch.Generator) -> Tensor:
-    """Paste blended patches into some images (B, 3, H, H), in [0, 1], of a batch."""
+def paste(images: Tensor, settings: Pasting, generator: torch.Generator, classes=None) -> Tensor:
+    """Paste blended patches into some images (B, 3, H, H), in [0, 1], of a batch.
+
+    `classes` (B,) are asked for if patches come from the same class; an image that is alone in its
+    class gives them to itself.
+    """
     b, draw, pasted = len(images), Draw(generator, images.device), images.clone()
     source = everyone = torch.arange(b, device=images.device)
-    if settings.from_others and b > 1:
+    if settings.source == "batch" and b > 1:
         source = (everyone + draw.integers(1, b, b)) % b
+    elif settings.source == "class":
+        other = (classes[:, None] == classes) & (everyone[:, None] != everyone)
+        source = torch.where(other.any(1), (other * draw.uniform(b, b)).argmax(1), everyone)
     more = draw.uniform(settings.most, b) < 0.5
     more[:1] = draw.uniform(b) < settings.share
     for gets in more.cumprod(0).bool():
@@ -227,8 +248,10 @@ class OneForMore(Detector):
             raise ValueError(f"image_size must be a multiple of {multiple}, not {c.image_size}")
         if ddim_times(c.steps, c.walk)[0] >= c.steps:
             raise ValueError(f"a walk of {c.walk} steps would leave the schedule's {c.steps}")
-        if c.predicts not in ("noise", "latent") or c.features not in ("resnet50", "patches"):
-            raise ValueError("predicts is noise or latent, features are resnet50 or patches")
+        if c.predicts not in ("noise", "latent"):
+            raise ValueError(f"predicts is noise or latent, not {c.predicts!r}")
+        if c.pasting.source not in ("batch", "class", "itself"):
+            raise ValueError(f"patches come from batch, class or itself, not {c.pasting.source!r}")
         self.schedule = Schedule.named(c.schedule, c.steps)
         self.codec = build_codec(c.codec)
         size = c.width, c.multipliers, c.blocks, c.heads, c.prompt, c.norm_groups
@@ -237,8 +260,7 @@ class OneForMore(Detector):
         shape = c.condition_channels, c.condition_strides
         self.condition = AnomalyMaskedNetwork(c.width, *layers, *shape)
         self.condition.look_at(*[c.image_size // c.codec.factor] * 2)
-        patches = c.features == "patches"
-        self.extractor = PatchFeatures() if patches else ResNetFeatures(c.stages_compared)
+        self.extractor = features_of(c.features, c.stages_compared)
         self.enter(self.stages[-1])
 
     @torch.no_grad()
@@ -247,13 +269,14 @@ class OneForMore(Detector):
         if self.codec.is_ready():
             return  # a later task
         start = self.config.start
+        learned = self.config.features == "patches"
         if start == PHOTOGRAPHS:
-            return load_shipped(self, "one_for_more_photographs")
-        if start is not None:
+            load_shipped(self, "one_for_more_photographs", [] if learned else ["extractor"])
+        elif start is not None:
             load_weights(self.unet, stable_diffusion(start), f"Stable Diffusion {start!r}")
         self.codec.prepare(dataset)
         images = None
-        if self.config.features == "patches":
+        if learned and start != PHOTOGRAPHS:
             some = range(0, len(dataset), max(1, len(dataset) // 1000))
             images = torch.stack([dataset[i]["image"] for i in some]).to(self.device)
         self.extractor.prepare(images)
@@ -270,7 +293,7 @@ class OneForMore(Detector):
         x, draw = batch["image"], Draw(generator, batch["image"].device)
         with torch.no_grad():
             with torch.autocast(x.device.type, enabled=False):  # bf16 would blend grey levels away
-                x_tilde = paste(x, self.config.pasting, generator)
+                x_tilde = paste(x, self.config.pasting, generator, batch.get("category_index"))
             z_0 = self.codec.sample(x, generator)
             eps = draw.normal(*z_0.shape)
             t = draw.integers(0, len(self.schedule), len(x))

@@ -23,7 +23,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from diffad_ref.checkpoints import load_weights, read_metadata, read_tensors, write_tensors
+from diffad_ref.checkpoints import (
+    differences,
+    load_weights,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 from diffad_ref.data import Feed
 from diffad_ref.detector import Detector, Stage, arithmetic, precision_on
 from diffad_ref.diffusion import seeded
@@ -78,7 +84,7 @@ def fit(
     ----------
     dataset, steps, rate
         Normal images, as samples of `diffad_ref.data`; steps of the whole run, which the stages
-        share in proportion; learning rates, as a share of theirs.
+        share in proportion, and their warm-ups with them; learning rates, as a share of theirs.
     batch_size, accumulate, checkpointing
         Instead of the stages': images at a time and process; see `Stage`.
     precision, compile
@@ -100,7 +106,10 @@ def fit(
     device = torch.device(device or there)
     world, rank = processes()
     chosen = precision_on(device, precision)
-    stages = _plan(detector.stages, steps, batch_size, rate, accumulate, checkpointing)
+    wanted = {"batch_size": batch_size, "accumulate": accumulate}
+    wanted["checkpointing"] = checkpointing or None
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    stages = plan_stages(detector.stages, len(dataset), world, steps, rate, **wanted)
     detector.to(device)
     detector.categories = tuple(getattr(dataset, "categories", detector.categories))
     run = _Run(detector, Path(out) / STATE if out else None, writes=rank == 0)
@@ -109,8 +118,9 @@ def fit(
         stages=[asdict(stage) for stage in stages],
         config=asdict(detector.config),
         categories=detector.categories,
-        images=len(dataset),
+        data=dataset.fingerprint() if hasattr(dataset, "fingerprint") else len(dataset),
         **{"seed": seed, "precision": precision, "ema": ema, "processes": world},
+        **detector.identity(),
     )
     if run.stage == run.step == 0:
         detector.prepare(dataset)
@@ -223,17 +233,19 @@ def batch_numbers(images: int, size: int, count: int, key: list[int]) -> np.ndar
     return order.reshape(count, world, size)[:, rank]
 
 
-def _plan(stages, steps, batch_size, rate, accumulate, checkpointing) -> list[Stage]:
-    """The stages of this run: shortened in proportion, with other settings where wanted."""
-    ends = np.cumsum([stage.steps for stage in stages])
+def plan_stages(stages, images: int, world=1, steps=None, rate=1.0, **settings) -> list[Stage]:
+    """The stages of a run on so many images, with other settings, shortened in proportion."""
+    stages = [replace(stage, **settings).counted(images, world) for stage in stages]
+    ends, plan = np.cumsum([stage.steps for stage in stages]), []
     if steps is not None:
         ends = np.rint(ends * steps / ends[-1]).astype(int)
-    plan, wanted = [], {"batch_size": batch_size, "accumulate": accumulate}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
     for stage, count in zip(stages, np.diff(ends, prepend=0).tolist(), strict=True):
-        lr = {name: replace(r, peak=r.peak * rate) for name, r in stage.lr.items()}
-        wanted["checkpointing"] = stage.checkpointing or checkpointing
-        plan.append(replace(stage, steps=count, lr=lr, **wanted))
+        share = count / max(1, stage.steps)
+        lr = {
+            name: replace(r, peak=r.peak * rate, warmup=round(r.warmup * share))
+            for name, r in stage.lr.items()
+        }
+        plan.append(replace(stage, steps=count, lr=lr))
     return plan
 
 
@@ -254,7 +266,7 @@ class _Run:
         if self.path is None or not self.path.exists():
             return
         state = json.loads(read_metadata(self.path)["state"])
-        different = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
+        different = differences(state["identity"], self.identity)
         if different:
             found = f"{self.path.parent} holds another run (different {', '.join(different)})"
             raise ValueError(f"{found}; choose another folder, or delete it to start anew")

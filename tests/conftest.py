@@ -11,6 +11,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # to the last bit; a GPU ha
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffad_ref.diffusion_ad import Config
@@ -24,6 +25,19 @@ def write_image(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(pixels)).save(path)
     return path
+
+
+@pytest.fixture
+def awake():
+    """Gives a network's layers that start at zero random weights, as a trained one has."""
+
+    def wake(network):
+        for layer in network.modules():
+            if getattr(layer, "weight", None) is not None and not layer.weight.any():
+                torch.nn.init.normal_(layer.weight, std=0.2)
+        return network
+
+    return wake
 
 
 @pytest.fixture

@@ -230,7 +230,7 @@ def test_finished_run_is_loaded_and_not_trained_again(root, run, monkeypatch):
         (["--protection", "none", "--gamma", "0.5"], "gamma, protection"),
         (["--steps", "3"], "steps"),
         (["--seed", "1"], "seed"),
-        (["--set", "walk=5"], "config"),
+        (["--set", "walk=5"], "config.walk"),
     ],
 )
 def test_folder_of_another_run_is_refused_and_left_as_it_is(root, run, fails, words, different):

@@ -372,7 +372,7 @@ def test_photographs_are_the_start_of_the_first_task_alone(root, tmp_path, monke
     """A second task without a rate ends where the first one did, and not at the start."""
     loaded = []
 
-    def load_shipped(detector, name):
+    def load_shipped(detector, name, own):
         detector.load_state_dict(build().state_dict())
         loaded.append(name)
 

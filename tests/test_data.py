@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from diffad_ref.anomalies import estimate_foreground
 from diffad_ref.data import (
     TEXTURES,
     AnomalyFolder,
     Feed,
-    estimate_foreground,
     loading,
     read_image,
     resize_mask,
@@ -115,7 +115,7 @@ def test_dataset_can_be_sent_to_worker_processes(mvtec_root):
 
 @pytest.mark.parametrize(("size", "crop"), [(16, 12), (16, 16), (17, 10), ((12, 21), 7)])
 def test_crop_keeps_the_middle_of_image_mask_and_foreground(mvtec_root, size, crop):
-    arguments = {"split": "test", "image_size": size, "foreground": "estimate"}
+    arguments = {"split": "test", "image_size": size, "foreground": estimate_foreground}
     whole = AnomalyFolder(mvtec_root, **arguments)[FIRST_CRACK]
     found = AnomalyFolder(mvtec_root, **arguments, crop=crop)[FIRST_CRACK]
     height, width = whole["image"].shape[1:]
@@ -200,7 +200,7 @@ def test_estimated_foreground_is_that_of_the_resized_image_and_a_surface_is_all_
     pixels[6:14, 8:18] = 200  # noise all over would be no product
     for category in ("bottle", "carpet"):
         write(mvtec_root / category / "train/good/000.png", pixels)
-    dataset = AnomalyFolder(mvtec_root, image_size=16, foreground="estimate")
+    dataset = AnomalyFolder(mvtec_root, image_size=16, foreground=estimate_foreground)
     bottle, carpet = (dataset[i]["foreground"] for i in (0, 3))
     small = (dataset[0]["image"] * 255).round().byte().permute(1, 2, 0).numpy()
     assert bottle.dtype == torch.float32 and bottle.shape == (1, 16, 16)
@@ -417,7 +417,7 @@ def test_folder_of_images_to_judge_never_warns(mvtec_root, recwarn):
 
 
 def test_plain_folder_is_cropped_and_its_product_found_as_in_the_layout(mvtec_root):
-    folder, words = mvtec_root / "bottle/test", {"crop": 12, "foreground": "estimate"}
+    folder, words = mvtec_root / "bottle/test", {"crop": 12, "foreground": estimate_foreground}
     plain = AnomalyFolder.from_folders(test=folder, image_size=16, **words)
     layout = AnomalyFolder(mvtec_root / "bottle", "test", 16, **words)
     for name in ("image", "foreground"):
@@ -513,7 +513,7 @@ def batches(data, numbers, **settings):
 def test_batches_are_those_of_a_data_loader_held_or_loaded(mvtec_root, workers):
     """As a whole on the device, in this process, or by two others."""
     data, numbers = (
-        AnomalyFolder(mvtec_root, image_size=16, foreground="estimate"),
+        AnomalyFolder(mvtec_root, image_size=16, foreground=estimate_foreground),
         [[5, 0], [2, 2]],
     )
     expected = list(DataLoader(data, batch_sampler=numbers))

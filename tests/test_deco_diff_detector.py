@@ -52,8 +52,8 @@ def build(seed=0, **changes):
 # --------------------------------------------------------------------------------------- training
 
 
-def test_loss_is_finite_and_trains_the_corrector_alone():
-    detector = build()
+def test_loss_is_finite_and_trains_the_corrector_alone(awake):
+    detector = awake(build())
     assert [group["name"] for group in detector.parameter_groups()] == ["corrector"]
     loss = detector.training_loss(batch_of(), seeded())["loss"]
     loss.backward()
@@ -121,8 +121,8 @@ def test_score_is_the_largest_value_of_the_map():
     assert found.score.tolist() == [max(pixels.flatten().tolist()) for pixels in found.anomaly_map]
 
 
-def test_class_of_an_image_changes_its_prediction():
-    detector, images = build(), batch_of(1)["image"]
+def test_class_of_an_image_changes_its_prediction(awake):
+    detector, images = awake(build()), batch_of(1)["image"]
     a, b = (detector.predict(images, torch.tensor([k])).parts["z_hat"] for k in (0, 1))
     assert not torch.allclose(a, b, atol=1e-4)
 

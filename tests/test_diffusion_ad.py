@@ -98,8 +98,8 @@ def test_large_scale_is_clamped_before_it_guides_and_small_scale_is_not():
     assert rebuilt(2.5, -1.0, w) == pytest.approx(0.75, abs=1e-5)
 
 
-def test_without_guidance_the_large_scale_is_ignored(small_config):
-    detector = build(small_config)
+def test_without_guidance_the_large_scale_is_ignored(small_config, awake):
+    detector = awake(build(small_config))
     x, t_s, t_b = batch_of(2)["image"], torch.full((2,), 200), torch.full((2,), 400)
     noise, *others = torch.randn(3, 2, 3, 32, 32, generator=seeded()).unbind()
     with torch.no_grad():
@@ -399,7 +399,7 @@ def test_paper_profile_learns_and_predicts_at_a_sixteenth_of_its_width():
     """All of its levels, batch statistics and anomalies, on numbers."""
     small = {"width": 8, "norm_groups": 4, "segmentation_width": 4}
     torch.manual_seed(0)
-    detector = DiffusionAD.paper(image_size=64, **small)
+    detector = DiffusionAD.paper(image_size=64, built_in_textures=True, **small)
     detector(batch_of(3, 64), seeded())["loss"].backward()
     assert all(p.grad.isfinite().all() for p in detector.parameters())
     found = detector.predict(batch_of(2, 64)["image"])

@@ -23,10 +23,10 @@ HOUSE = rooms()
 # ------------------------------------------------------------------------------------ size and wall
 
 
-def test_the_flat_part_has_at_most_20_files_and_4300_lines():
+def test_the_flat_part_has_at_most_20_files_and_4500_lines():
     lines = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
     print(f"{len(lines)} files, {sum(lines.values())} lines, the longest {max(lines.values())}")
-    assert len(lines) <= 20 and sum(lines.values()) <= 4300 and max(lines.values()) <= 400
+    assert len(lines) <= 20 and sum(lines.values()) <= 4500 and max(lines.values()) <= 400
 
 
 @pytest.mark.parametrize("name", HOUSE)
@@ -63,15 +63,15 @@ def test_every_room_says_in_its_first_sentence_what_it_is_for(name):
 # Where in the paper, or in its released code, each setting has its value.
 PAPER = {
     "diffusion_ad": {
-        "image_size width multipliers blocks attention_levels heads norm_groups": "the denoiser",
+        "image_size resample width multipliers blocks attention_levels heads norm_groups": "U-Net",
         "segmentation_width": "the segmentation network",
         "schedule steps t_s_range t_b_range t_s t_b w": "D1-D6",
-        "synthesis": "D12",
+        "synthesis foreground": "D12",
         "top_k": "D11",
         "stages": "training settings",
     },
     "deco_diff": {
-        "image_size resize shift": "training settings",
+        "image_size resize resample shift turned": "training settings",
         "classes width multipliers blocks heads context dropout norm_groups": "the network",
         "codec": "z_0",
         "schedule steps corruption times": "C1-C6",
@@ -86,7 +86,7 @@ PAPER = {
         "masked_weight": "A3",
         "pasting": "natural synthetic anomalies",
         "schedule steps walk level end_clean": "O2",
-        "stages_compared sigma": "O3",
+        "features stages_compared sigma": "O3",
         "gamma every": "G1, G3",
         "stages": "training settings",
     },

@@ -4,18 +4,21 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+import skimage.data
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from torch import nn
-from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.models import resnet50
 
+from diffad_ref import maps
 from diffad_ref.anomalies import crop_textures, texture_bank
 from diffad_ref.maps import (
     PatchFeatures,
-    ResNetFeatures,
+    PretrainedFeatures,
     clip_and_scale,
     enlarge,
     feature_distance,
@@ -215,7 +218,7 @@ def test_equal_images_have_equal_features_and_a_change_shows_near_its_place_alon
     assert moved.min() == 14 and moved.max() == 18
 
 
-# ------------------------------------------------------------------------------ ResNet features
+# -------------------------------------------------------------------------- pretrained features
 
 
 @lru_cache
@@ -225,24 +228,34 @@ def network():
     return resnet50(weights=None).eval()
 
 
+def published():
+    """Its weights; timm calls them as torchvision does."""
+    return {name: value for name, value in network().state_dict().items()}
+
+
 @lru_cache
 def random_resnet():
     """Features of all stages of that network."""
-    features = ResNetFeatures((0, 1, 2, 3, 4))
-    features.network.load_state_dict(network().state_dict(), strict=False)
+    features = PretrainedFeatures("resnet50", (0, 1, 2, 3, 4))
+    features.network.load_state_dict({n: published()[n] for n in features.network.state_dict()})
     features.ready.fill_(True)
     return features
 
 
-def test_resnet_without_weights_is_refused():
+def test_features_without_weights_are_refused():
     with pytest.raises(ValueError, match=r"no weights yet: call prepare\(\)"):
-        ResNetFeatures((0,))(torch.rand(1, 3, 32, 32))
+        PretrainedFeatures("resnet50", (0,))(torch.rand(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("stages", [(), (5,), (1, 2, 7), (-1, 1)])
-def test_stages_that_a_resnet_does_not_have_are_refused(stages):
-    with pytest.raises(ValueError, match="stages are some of 0 to 4, not"):
-        ResNetFeatures(stages)
+def test_stages_that_no_network_has_are_refused(stages):
+    with pytest.raises(ValueError, match="stages are some of 0 to 4 of a timm model, not"):
+        PretrainedFeatures("resnet50", stages)
+
+
+def test_a_network_that_timm_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="of 'vgg'"):
+        PretrainedFeatures("vgg")
 
 
 def test_stages_come_with_their_channels_and_sizes():
@@ -259,9 +272,8 @@ def test_stages_are_those_of_the_network_of_torchvision():
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
         for layer in layers
     ]
-    mean, deviation = features.mean, features.deviation
     with torch.no_grad():
-        own((images - mean) / deviation)
+        own((images - features.mean) / features.std)
         found = features(images)
     for hook in hooks:
         hook.remove()
@@ -270,7 +282,7 @@ def test_stages_are_those_of_the_network_of_torchvision():
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_resnet_stays_in_evaluation_mode_and_learns_nothing():
+def test_pretrained_features_stay_in_evaluation_mode_and_learn_nothing():
     features = random_resnet()
     parent = nn.Sequential(features, nn.Flatten()).train()
     assert parent.training and not any(module.training for module in features.modules())
@@ -280,30 +292,36 @@ def test_resnet_stays_in_evaluation_mode_and_learns_nothing():
     assert torch.equal(features.network.bn1.running_mean, before)
 
 
-def test_resnet_is_prepared_once_from_weights_of_torchvision(monkeypatch):
-    """What lies behind the last stage is left out, and the second time nothing is loaded."""
-    published, asked = network().state_dict(), []
-
-    def give(self, **settings):
-        asked.append((self, settings["check_hash"]))
-        return published
-
-    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", give)
-    features = ResNetFeatures()
+def test_features_are_prepared_once_and_what_lies_behind_them_is_left_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr(maps, "pretrained_state", lambda name: asked.append(name) or published())
+    features = PretrainedFeatures()
     features.prepare()
     features.prepare()
-    assert asked == [(ResNet50_Weights.IMAGENET1K_V1, True)]
+    assert asked == ["resnet50"]
     own = features.network.state_dict()
-    left = {name for name in published if name not in own}
+    left = {name for name in published() if name not in own}
     assert all(name.startswith(("layer4", "fc")) for name in left)
-    assert all(torch.equal(value, published[name]) for name, value in own.items())
+    assert all(torch.equal(value, published()[name]) for name, value in own.items())
     assert features.ready and features(torch.rand(1, 3, 32, 32))
 
 
-def test_weights_of_another_network_are_refused_and_prepare_nothing(monkeypatch):
-    features = ResNetFeatures((0,))  # a convolution without bias, and its normalisation
-    published = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
-    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", lambda self, **settings: published)
-    with pytest.raises(ValueError, match="no ResNet-50's: 4 are missing"):
-        features.prepare()
-    assert not features.ready
+def test_weights_come_from_the_hub_under_the_name_of_the_network(monkeypatch):
+    asked = []
+
+    def create(name, **settings):
+        asked.append((name, settings))
+        return network()
+
+    monkeypatch.setattr(timm, "create_model", create)
+    assert maps.pretrained_state("resnet50").keys() == published().keys()
+    assert asked == [("resnet50", {"pretrained": True})]
+
+
+def test_the_network_whose_weights_are_a_package_knows_a_cat():
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    network.load_state_dict(maps.pretrained_state("tf_efficientnet_lite0"))
+    cat = torch.from_numpy(skimage.data.chelsea()).permute(2, 0, 1)[None] / 127.5 - 1
+    cat = torch.nn.functional.interpolate(cat, size=(224, 224), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        assert network(cat).argmax().item() in (281, 282, 285)  # tabby, tiger cat, Egyptian cat

@@ -39,6 +39,9 @@ def built(method, size: str):
     """A detector on the card, with everything that it learns or loads before its first step."""
     short = {"walk": 1} if method is da.OneForMore else {}
     detector = getattr(method, size)(**short).to("cuda")
+    detector.identity = dict  # it is asked before the first step
+    if method is da.DiffusionAD:
+        detector.textures = torch.zeros(2, 3, 256, 256, dtype=torch.uint8)
     for part in detector.modules():
         if hasattr(part, "is_ready"):
             part.is_ready()

@@ -90,7 +90,8 @@ def kept(detector):
         ({"image_size": 36}, "image_size must be a multiple of 8, not 36"),
         ({"image_size": 40, "multipliers": (1, 1, 1)}, "must be a multiple of 16, not 40"),
         ({"predicts": "velocity"}, "predicts is noise"),
-        ({"features": "vgg"}, "or patches"),
+        ({"features": "vgg"}, "of a timm model"),
+        ({"pasting": Pasting(source="sky")}, "come from batch, class or itself"),
         ({"schedule": "square"}, "unknown schedule 'square'"),
     ],
 )

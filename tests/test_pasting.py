@@ -188,7 +188,7 @@ def test_image_alone_in_its_batch_is_its_own_source(monkeypatch):
 
 
 def test_patches_come_from_the_image_itself_where_the_settings_say_so(monkeypatch):
-    own = replace(ALWAYS, from_others=False)
+    own = replace(ALWAYS, source="itself")
     assert all(image == source for image, source in sources(monkeypatch, own, 4))
 
 

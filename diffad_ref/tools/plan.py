@@ -160,13 +160,15 @@ def protection(detector: Detector) -> Protection:
     )
 
 
-def plan(detector: Detector, latents: bool = False) -> Plan:
+def plan(detector: Detector, latents: bool = False, images: int = 209) -> Plan:
     """Count what one image costs a detector, in the last stage of its recipe.
 
     The detector stays as it is: a copy of it is made of fake tensors. With `latents` it learns
-    from posteriors that the codec has computed before.
+    from posteriors that the codec has computed before. The recipe's epochs are those of so many
+    `images`, by default MVTec AD's bottles.
     """
     detector = deepcopy(detector).to("meta")
+    stages = [stage.counted(images) for stage in detector.stages]
     detector.enter(stage := detector.stages[-1])
     weights, category = list(detector.parameters()), torch.zeros(1, dtype=torch.long, device="meta")
     image = torch.zeros(1, 3, *[detector.config.image_size] * 2, device="meta")
@@ -180,8 +182,8 @@ def plan(detector: Detector, latents: bool = False) -> Plan:
         step_flops,
         prediction.get_total_flops(),
         peaks,
-        sum(stage.steps * stage.batch_size * stage.accumulate for stage in detector.stages),
-        sum(stage.steps for stage in detector.stages),
+        sum(stage.steps * stage.batch_size * stage.accumulate for stage in stages),
+        sum(stage.steps for stage in stages),
         stage.batch_size,
     )
 
@@ -191,11 +193,16 @@ def plan(detector: Detector, latents: bool = False) -> Plan:
 
 @cache
 def paper_plans() -> tuple[Plan, ...]:
-    """The three methods at the size of their papers; DeCo-Diff learns from latents."""
+    """The three methods at the size of their papers, on MVTec AD; DeCo-Diff learns from latents.
+
+    The recipes are one model's of DiffusionAD, for bottles, the one model of DeCo-Diff, and the
+    first task of One-for-More's 14-1, of 3,389 images.
+    """
     with torch.device("meta"):
         detectors = [method.paper() for method in (DiffusionAD, DecoDiff, OneForMore)]
     ad, deco, one = detectors
-    return plan(ad), plan(deco, latents=True), replace(plan(one), protection=protection(one))
+    first = plan(one, images=3389)
+    return plan(ad), plan(deco, latents=True), replace(first, protection=protection(one))
 
 
 def size_table(plans: Sequence[Plan]) -> Shown:
