@@ -68,6 +68,8 @@ def evaluate(
         Of the noise: the same seed and batch size give the same report on the same machine. One of
         `tools.protocols.PROTOCOLS`: judge as a released code does. See `precision_on`.
     """
+    if protocol is not None:
+        dataset = protocol.with_its_masks(dataset)
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there is nothing to evaluate")
     bits = {} if precision == "float32" else {"precision": precision}
@@ -112,6 +114,8 @@ def _tables(images: DataFrame, maps: Tensor, masks: Tensor, protocol) -> tuple:
 
     category, kind, score = (images[name].to_numpy() for name in ("category", "kind", "score"))
     bad, masked = (images["label"] == 1).to_numpy(), masks.flatten(1).any(1).numpy()
+    if protocol and protocol.labels_from_masks:
+        bad = masked
     names, lost = sorted(set(category)), bad & ~masked
     if bad.all() or not bad.any():
         lack = f"no {'good' if bad.all() else 'defective'} image among the {len(images)}"

@@ -1,4 +1,4 @@
-"""The command line: `python -m diffad_ref data|train|continual|evaluate|compare|plan|predict`.
+"""The command line, `python -m diffad_ref`: data, train, continual, evaluate, compare, and so on.
 
 Each command is a class. Its fields are the words that may follow it, and `tyro` shows their
 comments as help; `run` does what they say.
@@ -28,7 +28,7 @@ from diffad_ref.checkpoints import load_weights, read_description, write_text
 from diffad_ref.continual import GAMMA, PROTECTIONS, check_tasks
 from diffad_ref.detector import PRECISIONS, precision_on
 from diffad_ref.diffusion import seeded
-from diffad_ref.tools import baselines, options, plan, tables
+from diffad_ref.tools import baselines, options, plan, reproduce, tables
 from diffad_ref.tools.intervals import intervals
 from diffad_ref.tools.latents import CachedLatents
 from diffad_ref.tools.memory import peak_memory
@@ -306,6 +306,48 @@ class Plan(Command):
 
 
 @dataclass(kw_only=True)
+class Reproduce(Command):
+    """Train and judge what a paper did, beside its published numbers; goes on where it stopped."""
+
+    paper: Annotated[Literal[tuple(reproduce.PAPERS)] | None, Positional] = None
+    setting: Annotated[str | None, Positional] = None  # mvtec, visa, "mvtec 10-5", ...
+    data: Path | None = None  # folder of the data set, in the MVTec layout
+    out: Path | None = None  # folder for checkpoints and table; by default under runs/
+    plan: bool = False  # only say what it takes: models, steps, hours by card, disk
+    only: Names = None  # only these categories
+    budget: str | None = None  # time for all training, such as 10min: shortens the recipe
+    profile: Literal["tiny", "small", "paper"] = "paper"  # a smaller size than the paper's
+    image_size: Count | None = None  # pixels, instead of the profile's
+    set: Settings = ()
+    textures: Path | None = None  # DiffusionAD: folder of foreign textures, such as dtd/images
+    imagenet: Path | None = None  # DecoDiff: start from this latent-diffusion checkpoint
+    training: Training = Training()
+
+    def run(self, command: str) -> None:
+        if self.paper and self.setting:
+            reproduce.setting_of(self.paper, self.setting)  # or say which there are
+        if self.plan:
+            wanted = [
+                key
+                for key in reproduce.SETTINGS
+                if self.paper in (None, key[0]) and self.setting in (None, key[1])
+            ]
+            print(reproduce.plan_table(wanted))
+            return
+        if None in (self.paper, self.setting, self.data):
+            raise ValueError("say what: reproduce PAPER SETTING --data FOLDER, or --plan")
+        name = f"{self.paper}-{self.setting.replace(' ', '-')}"
+        experiment = reproduce.Experiment(
+            **{"paper": self.paper, "name": self.setting, "root": self.data},
+            **{"out": self.out or Path("runs") / name, "only": self.only, "budget": self.budget},
+            **{"profile": self.profile, "image_size": self.image_size, "changes": self.set},
+            **{"textures": self.textures, "imagenet": self.imagenet},
+            training=vars(self.training),
+        )
+        print(experiment.run(command))
+
+
+@dataclass(kw_only=True)
 class Predict(Command):
     """Write heat maps and scores for your own images."""
 
@@ -375,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, 2 with a message when the input is at fault, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     chosen = tyro.cli(
-        Data | Train | Continual | Evaluate | Compare | Plan | Predict,
+        Data | Train | Continual | Evaluate | Compare | Plan | Reproduce | Predict,
         prog="python -m diffad_ref",
         description="Find defects with diffusion models. Exit codes: 0 done, 2 the input is at "
         "fault (a message says how), 130 interrupted.",

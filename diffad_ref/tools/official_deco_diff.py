@@ -106,8 +106,9 @@ def converted_unet(state: dict[str, Tensor], blocks: int = 2) -> dict[str, Tenso
 def start_from_imagenet(detector: DecoDiff, path: str | os.PathLike) -> list[str]:
     """Start a detector's network from a class-conditional latent-diffusion model of ImageNet.
 
-    Its U-Net has the published size L; its classes are not ours, so the class table stays as it
-    is, and with another latent size so do the first and the last convolution.
+    Its U-Net has the published size L. Its classes are not ours: as in the released code, the class
+    table begins as the first rows of its own. With another latent size the first and the last
+    convolution stay as they are.
 
     Returns
     -------
@@ -135,6 +136,8 @@ def start_from_imagenet(detector: DecoDiff, path: str | os.PathLike) -> list[str
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no network of latent diffusion: {error}") from error
     own = detector.corrector.state_dict()
+    if isinstance(table := content.get(TABLE), Tensor) and len(table) >= detector.config.classes:
+        found["embedding.weight"] = table[: detector.config.classes]
     fitting = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
     if len(fitting) < len(own) / 2:
         raise ValueError(f"only {len(fitting)} of {len(own)} weights in {path} fit this network")

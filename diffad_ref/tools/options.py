@@ -41,7 +41,8 @@ class Model:
     """What is trained."""
 
     method: Literal[tuple(METHODS)] = "DiffusionAD"  # which paper
-    profile: Literal["tiny", "paper"] = "tiny"  # CPU or GPU size
+    # for two CPU cores, a quarter of an hour on a GPU, or the published size
+    profile: Literal["tiny", "small", "paper"] = "tiny"
     image_size: Count | None = None  # pixels, instead of the profile's
     set: Settings = ()
 

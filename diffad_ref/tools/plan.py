@@ -205,6 +205,15 @@ def paper_plans() -> tuple[Plan, ...]:
     return plan(ad), plan(deco, latents=True), replace(first, protection=protection(one))
 
 
+@cache
+def recipe_plans() -> tuple[Plan, ...]:
+    """The same where all learn from images, as the papers' recipes do: see `reproduce`."""
+    ad, _, one = paper_plans()
+    with torch.device("meta"):
+        deco = DecoDiff.paper()
+    return ad, plan(deco), one
+
+
 def size_table(plans: Sequence[Plan]) -> Shown:
     """Weights and arithmetic, one row a method."""
     return rows(

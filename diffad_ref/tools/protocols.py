@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy import ndimage
 from scipy.integrate import trapezoid
 
+from diffad_ref.data import AnomalyFolder, resize_image
 from diffad_ref.diffusion_ad import top_k_mean
 from diffad_ref.metrics import (
     EIGHT_NEIGHBOURS,
@@ -108,7 +112,7 @@ def pro_curve_deco_diff(maps, masks, steps: int = 200) -> tuple[np.ndarray, np.n
     )
     keep = found < 0.3
     fpr, pro = found[keep], overlap[keep]
-    return fpr / fpr.max(), pro
+    return fpr / (fpr.max() or 1.0), pro  # a perfect map has no false positive
 
 
 def aupro_deco_diff(maps, masks, steps: int = 200) -> float:
@@ -233,6 +237,11 @@ class Protocol:
         Image scores for AP and F1max, where those are others.
     folded : bool
         An AUROC below 0.5 is replaced by 1 minus itself.
+    shade : str
+        Which pixels of a mask count that was resized as its image is: those that are "full"
+        defect, or "any" that is not quite normal.
+    labels_from_masks : bool
+        An image whose mask is empty, such as one whose defect is cropped away, counts as normal.
     """
 
     name: str
@@ -240,6 +249,17 @@ class Protocol:
     aupro: Callable
     other_score: Callable | None = None
     folded: bool = False
+    shade: str = "any"
+    labels_from_masks: bool = False
+
+    def with_its_masks(self, dataset):
+        """The same samples with masks by the protocol's rule, made from the original ones."""
+        if not isinstance(dataset, AnomalyFolder):
+            return dataset
+        dataset = copy(dataset)
+        settings = {"resample": dataset.resample, "shade": self.shade}
+        dataset.resize_mask, dataset._cache = partial(shaded_mask, **settings), {}
+        return dataset
 
     def image_metrics(self, maps, scores, labels) -> dict[str, float]:
         """As `metrics.image_metrics`, but of maps; what the detector scored is not looked at."""
@@ -259,6 +279,13 @@ class Protocol:
         return found | {name: max(found[name], 1 - found[name])} if self.folded else found
 
 
+def shaded_mask(mask: np.ndarray, size: tuple[int, int], resample: str, shade: str) -> np.ndarray:
+    """Resize a binary mask (H, W) as an image, and keep its "full" pixels, or "any" above 0."""
+    grey = Image.fromarray(255 * mask).convert("RGB")
+    least = {"full": 255, "any": 1}[shade]
+    return (resize_image(grey, size, resample)[..., 0] >= least).astype(np.uint8)
+
+
 def _largest(maps: np.ndarray) -> np.ndarray:
     """Score images by their largest pixel (C10, O4)."""
     return maps.max((1, 2))
@@ -267,8 +294,8 @@ def _largest(maps: np.ndarray) -> np.ndarray:
 PROTOCOLS = {
     p.name: p
     for p in (
-        Protocol("diffusion_ad", top_k_mean, aupro_diffusion_ad),
-        Protocol("deco_diff", _largest, aupro_deco_diff),
+        Protocol("diffusion_ad", top_k_mean, aupro_diffusion_ad, shade="full"),
+        Protocol("deco_diff", _largest, aupro_deco_diff, labels_from_masks=True),
         Protocol("one_for_more", _largest, aupro_deco_diff, pooled_score, folded=True),
     )
 }
@@ -292,25 +319,25 @@ def _check_contrast(maps: np.ndarray, masks: np.ndarray) -> None:
 
 # -------------------------------------------------------------------------------------- tasks
 
-_MVTEC = (
+MVTEC = (
     *("bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut"),
     *("pill", "screw", "tile", "toothbrush", "transistor", "wood", "zipper"),
 )
 _LATE = ("tile", "toothbrush", "transistor", "wood", "zipper")
-_EARLY = tuple(name for name in _MVTEC if name not in _LATE)
-_VISA = (
+_EARLY = tuple(name for name in MVTEC if name not in _LATE)
+VISA = (
     *("candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2"),
     *("pcb1", "pcb2", "pcb3", "pcb4", "pipe_fryum"),
 )
 
 # The settings of the paper: which classes come in which task; and three tasks of the toy factory.
 ORDERS = {
-    "mvtec 14-1": (_MVTEC[:-1], _MVTEC[-1:]),
+    "mvtec 14-1": (MVTEC[:-1], MVTEC[-1:]),
     "mvtec 10-5": (_EARLY, _LATE),
-    "mvtec 3x5": tuple(_MVTEC[i : i + 3] for i in range(0, 15, 3)),
+    "mvtec 3x5": tuple(MVTEC[i : i + 3] for i in range(0, 15, 3)),
     "mvtec 10-1x5": (_EARLY, *((name,) for name in _LATE)),
-    "visa 11-1": (_VISA[:-1], _VISA[-1:]),
-    "visa 8-4": (_VISA[:8], _VISA[8:]),
-    "visa 8-1x4": (_VISA[:8], *((name,) for name in _VISA[8:])),
+    "visa 11-1": (VISA[:-1], VISA[-1:]),
+    "visa 8-4": (VISA[:8], VISA[8:]),
+    "visa 8-1x4": (VISA[:8], *((name,) for name in VISA[8:])),
     "toy": (("board", "brick"), ("capsule", "grass"), ("gear", "gravel")),
 }

@@ -17,6 +17,13 @@ def add_to_record(path: str | Path, entries: dict) -> None:
     write_text(as_text(description), weights_path(path).with_suffix(".json"))
 
 
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or how many threads a CPU has for this."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 def versions() -> dict[str, str]:
     """Of everything that may change a number."""
     return {

@@ -1,0 +1,459 @@
+"""The papers' experiments by their names: what is trained, on what, and what was published.
+
+`run` trains every model of a setting, or the tasks of a continual one, goes on where it was
+stopped, judges by exact metrics and by the paper's protocol, and writes one table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import diffad_ref as da
+from diffad_ref.anomalies import texture_bank
+from diffad_ref.checkpoints import differences, read_description, write_text
+from diffad_ref.continual import HARMLESS
+from diffad_ref.detector import Detector, precision_on
+from diffad_ref.metrics import METRICS
+from diffad_ref.one_for_more import Pasting
+from diffad_ref.tools import plan, tables
+from diffad_ref.tools.options import changed
+from diffad_ref.tools.protocols import MVTEC, ORDERS, PROTOCOLS, VISA
+from diffad_ref.tools.records import device_name, versions
+from diffad_ref.training import meet, plan_stages
+
+PAPERS = {"diffusion_ad": da.DiffusionAD, "deco_diff": da.DecoDiff, "one_for_more": da.OneForMore}
+
+# Training images of each category; those of MPDD and DAGM are not stated.
+_OF_MVTEC = (209, 224, 219, 280, 264, 391, 245, 220, 267, 320, 230, 60, 213, 247, 240)
+_OF_VISA = (900, 542, 450, 453, 450, 900, 900, 904, 901, 905, 904, 450)
+IMAGES = dict(zip(MVTEC + VISA, _OF_MVTEC + _OF_VISA, strict=True))
+MPDD = ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes")
+DAGM = tuple(f"Class{i}" for i in range(1, 11))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One experiment of a paper."""
+
+    # Categories of each model; or of each task, if one model learns one after the other.
+    groups: tuple[tuple[str, ...], ...]
+    published: dict[str, float] = field(default_factory=dict)  # fractions; A after the last task
+    source: str = ""  # of the published numbers
+    changes: dict = field(default_factory=dict)  # of the config, on this data
+    most: int | None = None  # training images of a category, the first by name
+
+
+def each(names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """A model for each category."""
+    return tuple((name,) for name in names)
+
+
+def _as_metrics(*values: float) -> dict[str, float]:
+    return {name: value / 100 for name, value in zip(METRICS, values, strict=True)}
+
+
+_ON_VISA = {"pasting": Pasting(share=2 / 3, source="class"), "stages_compared": (0, 2, 4)}
+_README = "the README of the released code, for the weights that it provides"
+SETTINGS = {
+    ("diffusion_ad", "mvtec"): Setting(
+        each(MVTEC), {"image_auroc": 0.997, "pixel_ap": 0.761}, "secondary notes on the paper"
+    ),
+    ("diffusion_ad", "visa"): Setting(
+        each(VISA), {"image_auroc": 0.988, "pixel_auroc": 0.989}, "the paper's page"
+    ),
+    ("diffusion_ad", "mpdd"): Setting(each(MPDD)),
+    ("diffusion_ad", "dagm"): Setting(each(DAGM)),
+    ("deco_diff", "mvtec"): Setting(
+        (MVTEC,), _as_metrics(99.2, 99.7, 98.7, 98.8, 76.8, 71.1, 95.1), _README
+    ),
+    ("deco_diff", "visa"): Setting(
+        (VISA,),
+        _as_metrics(96.2, 97.0, 92.6, 98.3, 57.5, 56.4, 91.5),
+        _README,
+        {"classes": len(VISA), "turned": 0.5},
+    ),
+    **{
+        ("one_for_more", name): Setting(tasks, changes=_ON_VISA if on_visa else {}, most=most)
+        for name, tasks in ORDERS.items()
+        if name != "toy"
+        for on_visa, most in [(True, 200) if name.startswith("visa") else (False, None)]
+    },
+}
+SETTINGS["one_for_more", "visa 11-1"] = replace(
+    SETTINGS["one_for_more", "visa 11-1"],
+    published={"image_auroc": 0.883, "pixel_auroc": 0.972},
+    source="the paper, as quoted by a reader",
+)
+
+
+def setting_of(paper: str, name: str) -> Setting:
+    """A setting by its paper and name, or ValueError."""
+    if (paper, name) not in SETTINGS:
+        known = ", ".join(repr(n) for p, n in SETTINGS if p == paper)
+        raise ValueError(f"{paper} has no setting {name!r}; there are {known}")
+    return SETTINGS[paper, name]
+
+
+def only(setting: Setting, names: Sequence[str] | None) -> Setting:
+    """A part of a setting: some of its categories, in its order."""
+    if names is None:
+        return setting
+    known = {name for group in setting.groups for name in group}
+    if unknown := sorted(set(names) - known):
+        raise ValueError(f"--only {' '.join(unknown)}: the setting has {', '.join(sorted(known))}")
+    groups = (tuple(name for name in group if name in names) for group in setting.groups)
+    return replace(setting, groups=tuple(group for group in groups if group))
+
+
+def recipe(
+    paper: str,
+    setting: Setting,
+    profile: str = "paper",
+    image_size: int | None = None,
+    changes: Sequence[str] = (),
+) -> Detector:
+    """The detector of a setting, with a random start; `changes` as of `options.changed`."""
+    own = dict(setting.changes)
+    if paper == "deco_diff":
+        own["classes"] = sum(map(len, setting.groups))
+    size = {} if image_size is None else {"image_size": image_size}
+    config = getattr(PAPERS[paper].Config, profile)(**size, **own)
+    detector = PAPERS[paper](changed(config, tuple(changes)))
+    if paper == "deco_diff" and profile == "paper":
+        count = images_of(setting)
+        if count is not None:
+            (stage,) = detector.stages
+            detector.stages = (replace(stage, steps=800 * math.ceil(0.9 * sum(count) / 256)),)
+    if setting.most is not None:
+        _take_at_most(detector, setting.most)
+    return detector
+
+
+def _take_at_most(detector: Detector, most: int) -> None:
+    """Let a detector's training sets hold the first so many images of each category."""
+    whole = detector.folder
+
+    def folder(root, split: str = "train", **options):
+        data, seen = whole(root, split, **options), Counter()
+        if split == "train":
+            kept = []
+            for sample in data.samples:
+                seen[sample.category] += 1
+                kept += [sample] * (seen[sample.category] <= most)
+            data.samples = kept
+        return data
+
+    detector.folder = folder
+
+
+def images_of(setting: Setting) -> list[int] | None:
+    """Training images of each group, as the data sets state them; None if one is not stated."""
+    if any(name not in IMAGES for group in setting.groups for name in group):
+        return None
+    most = setting.most or math.inf
+    return [sum(min(most, IMAGES[name]) for name in group) for group in setting.groups]
+
+
+# ---------------------------------------------------------------------------------------- dry run
+
+
+def plan_table(wanted: Sequence[tuple[str, str]] | None = None) -> tables.Shown:
+    """Models, steps, hours by card and disk of settings, by default all; needs no data."""
+    costs = dict(zip(PAPERS, plan.recipe_plans(), strict=True))
+    found = []
+    for paper, name in wanted or SETTINGS:
+        setting, p = SETTINGS[paper, name], costs[paper]
+        row = {"paper": paper, "setting": name, "models": 1, "tasks": None}
+        if paper == "one_for_more":
+            row["tasks"] = len(setting.groups)
+        else:
+            row["models"] = len(setting.groups)
+        if (counts := images_of(setting)) is None:
+            found.append(row)
+            continue
+        with torch.device("meta"):
+            detector = recipe(paper, setting)
+        stages = [plan_stages(detector.stages, count) for count in counts]
+        steps = [sum(s.steps for s in group) for group in stages]
+        shown = [sum(s.steps * s.batch_size * s.accumulate for s in group) for group in stages]
+        row |= {"training images": sum(counts), "steps": sum(steps)}
+        for gpu in plan.GPUS:
+            parts = [replace(p, steps=n, images=k) for n, k in zip(steps, shown, strict=True)]
+            row[f"{gpu}, h"] = sum(part.hours(gpu) for part in parts)
+            if paper == "one_for_more":
+                later = [
+                    replace(part, protection=replace(p.protection, images=count // 10))
+                    for part, count in zip(parts, counts, strict=True)
+                ]
+                row[f"{gpu}, h"] = parts[0].hours(gpu) + sum(
+                    part.protected_hours(gpu) for part in later[1:]
+                )
+        each_bytes = 12 * p.learning + 2 * p.weights  # a checkpoint with Adam's averages; halves
+        if p.protection:
+            each_bytes += p.protection.basis_bytes
+        row["disk, GB"] = len(setting.groups) * each_bytes / plan.GB
+        found.append(row)
+    return tables.rows(found, percent=(), labels=2)
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+def seconds_of(text: str) -> float:
+    """How long a budget such as 10min, 2h or 90s is, or ValueError."""
+    units = {"s": 1, "min": 60, "h": 3600}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"a budget is a time such as 90s, 10min or 2h, not {text!r}")
+    return float(match[1]) * units[match[2]]
+
+
+def check_data(setting: Setting, root: Path) -> None:
+    """Refuse a folder that lacks a category of a setting, or some of its images."""
+    wanted = [name for group in setting.groups for name in group]
+    missing = [name for name in wanted if not (root / name).is_dir()]
+    if missing:
+        there = [name for name in wanted if name not in missing]
+        way = f"--only {' '.join(there)} takes what is there" if there else "is it the right one?"
+        raise ValueError(f"{root} lacks {', '.join(missing)} of {len(wanted)} categories; {way}")
+    data = da.AnomalyFolder(root, "train", categories=wanted, cache=False)
+    da.AnomalyFolder(root, "test", categories=wanted, cache=False)
+    counts = Counter(sample.category for sample in data.samples)
+    few = [f"{name} ({counts[name]} of {IMAGES[name]})" for name in wanted
+           if counts[name] < IMAGES.get(name, 0)]  # fmt: skip
+    if few:
+        raise ValueError(f"{root} lacks training images of {', '.join(few)}: lay it out in full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A setting on someone's data, whole or in part.
+
+    Raises ValueError for a setting, a category or images that are not there, a budget that is too
+    short for an epoch, textures that are missing, and an `out` of another run.
+    """
+
+    paper: str
+    name: str
+    root: Path
+    out: Path
+    only: Sequence[str] | None = None
+    budget: str | None = None
+    profile: str = "paper"
+    image_size: int | None = None
+    changes: Sequence[str] = ()  # of the config, as of `options.changed`
+    textures: Path | None = None
+    imagenet: Path | None = None
+    training: dict = field(default_factory=dict)  # arguments of `fit`
+
+    def run(self, command: str = "") -> str:
+        """Train and judge; gives the table, which is in `out` as well."""
+        self._check()
+        whole = setting_of(self.paper, self.name)
+        setting = only(whole, self.only)
+        check_data(setting, self.root)
+        detector = self._detector(setting)
+        data = [detector.folder(self.root, "train", categories=g) for g in setting.groups]
+        of_recipe = partial(_share, detector, data, self.budget, self.training)
+        identity = self._identity(detector, setting, data)
+        share = _claim(self.out / "reproduce.json", identity, of_recipe)
+        detector.stages = tuple(shortened(stage, share) for stage in detector.stages)
+        judge, start = _continual if self.paper == "one_for_more" else _apart, time.time()
+        places = self.root, self.out, PROTOCOLS[self.paper], self.training
+        found = judge(detector, setting, data, *places)
+        facts = {
+            "command": command,
+            "categories": f"{sum(map(len, setting.groups))} of {sum(map(len, whole.groups))}",
+            "profile": self.profile,
+            "share of the recipe": share if self.training.get("steps") is None else "see steps",
+            "steps": found.pop("steps"),
+            "minutes since the last start": round((time.time() - start) / 60, 1),
+            "device": device_name(detector.device),
+            "precision": precision_on(detector.device, self.training.get("precision", "auto")),
+            "published": setting.source or "no numbers are known to us",
+            "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
+        }
+        text = _text(f"{self.paper}, {self.name}", setting, facts, found)
+        if meet().is_main_process:
+            write_text(json.dumps(facts | found, indent=1), self.out / "table.json")
+            write_text(text + "\n", self.out / "table.md")
+        return text
+
+    def _check(self) -> None:
+        for given, paper in ((self.textures, "diffusion_ad"), (self.imagenet, "deco_diff")):
+            if given is not None and self.paper != paper:
+                raise ValueError(f"{given} is for {paper}, not for {self.paper}")
+        if self.budget is not None:
+            seconds_of(self.budget)
+            if self.training.get("steps") is not None:
+                raise ValueError("give --budget or --steps, not both")
+
+    def _detector(self, setting: Setting) -> Detector:
+        torch.manual_seed(self.training.get("seed", 0))
+        size = self.profile, self.image_size, self.changes
+        detector = recipe(self.paper, setting, *size)
+        if self.textures is not None:
+            detector.textures = texture_bank(self.textures)
+        if self.imagenet is not None:
+            from diffad_ref.tools.official_deco_diff import start_from_imagenet  # slow to import
+
+            start_from_imagenet(detector, self.imagenet)
+        return detector
+
+    def _identity(self, detector: Detector, setting: Setting, data: list) -> dict:
+        """What a run in the same folder must have in common with this one."""
+        training = {k: v for k, v in self.training.items() if k not in HARMLESS}
+        return {
+            **{"paper": self.paper, "setting": self.name, "profile": self.profile},
+            **{"groups": setting.groups, "budget": self.budget, "training": training},
+            "config": asdict(detector.config),
+            "data": [d.fingerprint() for d in data],
+            "imagenet": self.imagenet and str(self.imagenet),
+            **detector.identity(),
+        }
+
+
+def shortened(stage: da.Stage, share: float) -> da.Stage:
+    """A stage of a share of its length, with its warm-ups."""
+    if share == 1:
+        return stage
+    if stage.steps is None:
+        return replace(stage, epochs=max(1, round(stage.epochs * share)))
+    lr = {n: replace(r, warmup=round(r.warmup * share)) for n, r in stage.lr.items()}
+    return replace(stage, steps=max(1, round(stage.steps * share)), lr=lr)
+
+
+def _claim(path: Path, identity: dict, share) -> float:
+    """Write down what a folder's run is, with the share of its recipe; or refuse another's."""
+    identity = json.loads(json.dumps(identity))  # as it looks after a round trip
+    if path.exists():
+        before = json.loads(path.read_text("utf-8"))
+        if different := differences(before["identity"], identity):
+            found = f"{path.parent} holds another run (different {', '.join(different)})"
+            raise ValueError(f"{found}; choose another folder, or delete it to start anew")
+        return before["share"]
+    found = share()
+    write_text(json.dumps({"identity": identity, "share": found}, indent=1), path)
+    return found
+
+
+def _share(detector: Detector, data: list, budget: str | None, training: dict) -> float:
+    """The share of the recipe that fits into a budget, from steps that are made for the purpose."""
+    if budget is None:
+        return 1.0
+    wanted = seconds_of(budget)
+    settings = {k: training.get(k) for k in ("batch_size", "accumulate")}
+    settings = {k: value for k, value in settings.items() if value is not None}
+    lengths = [plan_stages(detector.stages, len(d), **settings) for d in data]
+    detector.to(meet().device).prepare(data[0])
+    timed = partial(_seconds_a_step, detector, data[0], training.get("precision", "auto"))
+    each = [timed(stage) for stage in lengths[0]]
+    total = sum(
+        stage.steps * seconds
+        for stages in lengths
+        for stage, seconds in zip(stages, each, strict=True)
+    )
+    share = min(1.0, wanted / total)
+    for stages, d in zip(lengths, data, strict=True):
+        steps = sum(stage.steps for stage in stages)
+        epoch = math.ceil(len(d) / (stages[0].batch_size * stages[0].accumulate))
+        if steps * share < min(epoch, steps):
+            least = epoch / steps * total
+            words = f"an epoch of {len(d)} images would take {least:.0f} s of this setting's time"
+            raise ValueError(f"a budget of {budget} is too short: {words}")
+    return share
+
+
+def _seconds_a_step(detector: Detector, data, precision: str, stage: da.Stage) -> float:
+    """What a step of a stage takes, once the first ones are made."""
+    few = (5, 25) if detector.device.type == "cuda" else (1, 4)
+    seconds = []
+    for steps in few:
+        trial = deepcopy(detector)
+        trial.stages, start = (stage,), time.perf_counter()
+        da.fit(trial, data, steps, precision=precision, progress=False)
+        seconds.append(time.perf_counter() - start)
+    return max(1e-4, (seconds[1] - seconds[0]) / (few[1] - few[0]))
+
+
+def _apart(detector, setting, data, root, out, protocol, training) -> dict:
+    """Models that are trained apart, each judged on its own categories."""
+    reports, steps = {"here": [], "protocol": []}, 0
+    for group, train in zip(setting.groups, data, strict=True):
+        folder = out / ("all" if len(group) > 1 else group[0])
+        model, path = deepcopy(detector), folder / "result.json"
+        if not path.exists():
+            history = da.fit(model, train, out=folder, **training)
+            test = model.folder(root, "test", categories=list(group))
+            found = {"steps": len(history.rows)}
+            for kind, way in (("here", None), ("protocol", protocol)):
+                report = da.evaluate(model, test, protocol=way)
+                found[kind] = tables.to_plain(report)
+            record = {"steps": found["steps"], "data": {"categories": list(group)}}
+            da.save(model, folder / "weights", record, half=True)
+            write_text(json.dumps(found), path)
+        found = json.loads(path.read_text("utf-8"))
+        steps += found["steps"]
+        for kind, kept in reports.items():
+            table = tables.from_plain(found[kind]).table
+            kept.append(table.drop(index="mean"))
+    rows = {
+        kind: [row for table in kept for row in table.reset_index().to_dict("records")]
+        for kind, kept in reports.items()
+    }
+    means = {
+        kind: {m: _mean([row[m] for row in found]) for m in METRICS} for kind, found in rows.items()
+    }
+    return {"steps": steps, "categories here": rows["here"], "mean": means}
+
+
+def _continual(detector, setting, data, root, out, protocol, training) -> dict:
+    """One model that learns task after task: means after the last, and what was forgotten."""
+    result = da.fit_continual(detector, root, setting.groups, out, **training)
+    test = detector.folder(root, "test", categories=list(detector.categories))
+    judged = da.evaluate(detector, test, protocol=protocol).mean
+    rows = [row for row in result.rows if row["task"] == len(setting.groups) - 1]
+    here = {m: _mean([row[m] for row in rows]) for m in METRICS}
+    found = {"here": here, "protocol": {m: judged[m] for m in METRICS}}
+    tasks = [read_description(out / f"task_{k + 1}" / "weights") for k in range(len(data))]
+    several = len(setting.groups) > 1
+    return {
+        "steps": sum(task["record"]["steps"] for task in tasks),
+        "categories here": [{m: row[m] for m in ("category", *METRICS)} for row in rows],
+        "mean": found,
+        "forgetting": {m: result.forgetting(m) for m in METRICS} if several else {},
+    }
+
+
+def _mean(values: list) -> float | None:
+    known = [value for value in values if value is not None and value == value]
+    return sum(known) / len(known) if known else None
+
+
+def _text(title: str, setting: Setting, facts: dict, found: dict) -> str:
+    """The table for people: what was done, the means beside the published ones, and categories."""
+    rows = []
+    for metric in METRICS:
+        row = {"mean over categories": tables.HEADERS[metric]}
+        row |= {"here": found["mean"]["here"][metric]}
+        row |= {"by the paper's protocol": found["mean"]["protocol"][metric]}
+        rows.append(row | {"published": setting.published.get(metric)})
+        if found.get("forgetting"):
+            rows[-1]["forgotten here"] = found["forgetting"][metric]
+    shares = [key for key in rows[0] if key != "mean over categories"]
+    lines = [f"# {title}", ""]
+    lines += [*(f"- {key}: {value}" for key, value in facts.items()), ""]
+    by_category = [{m: row[m] for m in ("category", *METRICS)} for row in found["categories here"]]
+    means = tables.rows(rows, percent=shares)
+    return "\n".join([*lines, repr(means), "", repr(tables.rows(by_category))])

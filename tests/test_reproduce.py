@@ -1,0 +1,327 @@
+"""One command a paper: what it trains, how it goes on, what it refuses, and the table it writes."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffad_ref as da
+from diffad_ref.__main__ import main
+from diffad_ref.data import AnomalyFolder
+from diffad_ref.evaluation import evaluate
+from diffad_ref.tools import plan, reproduce
+from diffad_ref.tools.protocols import MVTEC, ORDERS, PROTOCOLS, VISA
+from diffad_ref.tools.reproduce import IMAGES, SETTINGS, images_of, only, recipe, setting_of
+from diffad_ref.training import plan_stages
+
+SAMPLE = Path(__file__).parents[2] / "shared/data/mvtec_ad_sample"
+SAMPLE = Path(os.environ.get("DIFFAD_MVTEC", SAMPLE))
+real = pytest.mark.skipif(not SAMPLE.is_dir(), reason="no MVTec AD; DIFFAD_MVTEC names its folder")
+TINY = ("--profile", "tiny", "--image-size", "32", "--steps", "2", "--set", "width=8")
+TINY += ("--set", "norm_groups=4")
+
+
+# --------------------------------------------------------------------------------------- settings
+
+
+def test_the_data_sets_have_the_stated_numbers_of_training_images():
+    assert sum(IMAGES[name] for name in MVTEC) == 3629 and len(MVTEC) == 15
+    assert sum(IMAGES[name] for name in VISA) == 8659 and len(VISA) == 12
+
+
+def test_every_order_of_one_for_more_is_a_setting_and_diffusion_ad_has_a_model_a_category():
+    assert {n for p, n in SETTINGS if p == "one_for_more"} == set(ORDERS) - {"toy"}
+    assert SETTINGS["diffusion_ad", "mvtec"].groups == tuple((name,) for name in MVTEC)
+    assert SETTINGS["deco_diff", "visa"].groups == (VISA,)
+
+
+@pytest.mark.parametrize(
+    ("paper", "name", "category", "steps"),
+    [
+        ("diffusion_ad", "mvtec", "toothbrush", 9_000),
+        ("diffusion_ad", "mvtec", "hazelnut", 72_000),
+        ("diffusion_ad", "visa", "candle", 168_000),
+        ("one_for_more", "mvtec 14-1", "zipper", 10_000),
+        ("one_for_more", "mvtec 10-1x5", "toothbrush", 2_500),
+        ("one_for_more", "visa 11-1", "pipe_fryum", 8_500),  # 200 images a class
+    ],
+)
+def test_a_model_or_task_is_as_long_as_the_released_one(paper, name, category, steps):
+    setting = only(SETTINGS[paper, name], [category])
+    with torch.device("meta"):
+        stages = recipe(paper, setting).stages
+    assert sum(s.steps for s in plan_stages(stages, images_of(setting)[0])) == steps
+
+
+def test_deco_diff_makes_800_epochs_of_nine_tenths_of_the_images():
+    for name, steps in (("mvtec", 10_400), ("visa", 24_800)):
+        with torch.device("meta"):
+            (stage,) = recipe("deco_diff", SETTINGS["deco_diff", name]).stages
+        assert stage.steps == steps
+
+
+def test_visa_has_variants_of_its_own():
+    with torch.device("meta"):
+        deco = recipe("deco_diff", SETTINGS["deco_diff", "visa"]).config
+        one = recipe("one_for_more", SETTINGS["one_for_more", "visa 8-4"]).config
+    assert deco.turned == 0.5 and deco.classes == 12
+    assert one.pasting.share == 2 / 3 and one.pasting.source == "class"
+    assert one.stages_compared == (0, 2, 4)
+    assert images_of(SETTINGS["one_for_more", "visa 11-1"]) == [2200, 200]
+
+
+def test_a_part_keeps_the_order_of_the_setting_and_its_tasks():
+    tasks = only(setting_of("one_for_more", "mvtec 10-5"), ["wood", "cable", "bottle"])
+    assert tasks.groups == (("bottle", "cable"), ("wood",))
+    with pytest.raises(ValueError, match="--only shoe: the setting has bottle"):
+        only(setting_of("diffusion_ad", "mvtec"), ["shoe"])
+    with pytest.raises(ValueError, match="no setting 'mvtec'; there are 'mvtec 14-1'"):
+        setting_of("one_for_more", "mvtec")
+
+
+def test_the_plan_adds_up_what_each_model_takes(monkeypatch):
+    cost = plan.Protection(10**9, 10**9, 10**9, 2**30, 2**30, 1)
+    hand = plan.Plan("DiffusionAD", 10**9, 10**9, 10**12, 10**11, {}, 1, 1, 8, cost)
+    bare = replace(hand, protection=None)
+    monkeypatch.setattr(plan, "recipe_plans", lambda: (bare, bare, replace(hand)))
+    frame = reproduce.plan_table().frame
+    assert len(frame) == len(SETTINGS)
+    ad = frame.loc["diffusion_ad", "mvtec"]
+    expected = sum(3000 * (IMAGES[name] // 16) for name in MVTEC)
+    assert ad["models"] == 15 and ad["training images"] == 3629 and ad["steps"] == expected
+    seconds = expected * 16 * 1e12 / (plan.GPUS["T4"][0] * 1e12 * plan.SHARES["DiffusionAD"])
+    assert ad["T4, h"] == pytest.approx(seconds / 3600)
+    assert ad["disk, GB"] == pytest.approx(15 * 14e9 / 2**30)
+    one = frame.loc["one_for_more", "mvtec 14-1"]
+    assert (one["tasks"], one["steps"]) == (2, 151_500)
+    assert one["disk, GB"] == pytest.approx(2 * (14e9 / 2**30 + 1))
+    assert frame.loc["diffusion_ad", "dagm"].isna()["steps"]  # its numbers are not stated
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def root(mvtec_root, monkeypatch):
+    """The small data set under two names of MVTec AD, with as many images as are stated."""
+    (mvtec_root / "carpet").rename(mvtec_root / "transistor")
+    monkeypatch.setattr(reproduce, "IMAGES", {"bottle": 3, "transistor": 3})
+    return mvtec_root
+
+
+def words(paper, name, root, out, *more):
+    part = () if "--only" in more else ("--only", "bottle", "transistor")
+    return [str(w) for w in ("reproduce", paper, name, "--data", root, "--out", out, *part, *more)]
+
+
+def table(out):
+    return json.loads((out / "table.json").read_text())
+
+
+def test_diffusion_ad_trains_a_model_for_each_category(root, tmp_path, capsys):
+    out = tmp_path / "run"
+    more = (*TINY, "--set", "segmentation_width=4", "--set", "heads=1")
+    assert main(words("diffusion_ad", "mvtec", root, out, *more)) == 0
+    printed = capsys.readouterr().out
+    assert "| image AUROC" in printed and "published" in printed and "99.7" in printed
+    assert "categories: 2 of 15" in printed and "see steps" in printed
+    assert (out / "table.md").read_text().strip() == printed.strip()
+    found = table(out)
+    assert found["steps"] == 4 and found["profile"] == "tiny"
+    for category in ("bottle", "transistor"):
+        assert da.load(out / category / "weights").categories == (category,)
+    assert [row["category"] for row in found["categories here"]] == ["bottle", "transistor"]
+    means = [row["image_auroc"] for row in found["categories here"]]
+    assert found["mean"]["here"]["image_auroc"] == pytest.approx(sum(means) / 2)
+    assert found["mean"]["protocol"]["aupro"] != found["mean"]["here"]["aupro"]
+
+
+def test_a_run_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):
+    out, fit, trained = tmp_path / "run", da.fit, []
+    more = (*TINY, "--set", "segmentation_width=4", "--set", "heads=1")
+
+    def counted(model, data, **settings):
+        trained.append(data.categories)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return fit(model, data, **settings)
+
+    monkeypatch.setattr(da, "fit", counted)
+    assert main(words("diffusion_ad", "mvtec", root, out, *more)) == 130
+    assert not (out / "table.json").exists()
+    assert main(words("diffusion_ad", "mvtec", root, out, *more)) == 0
+    assert trained == [["bottle"], ["transistor"], ["transistor"]]
+    whole = tmp_path / "whole"
+    monkeypatch.setattr(da, "fit", fit)
+    assert main(words("diffusion_ad", "mvtec", root, whole, *more)) == 0
+    assert table(out)["mean"] == table(whole)["mean"]
+
+
+def test_deco_diff_trains_one_model_for_all(root, tmp_path):
+    out = tmp_path / "run"
+    more = (*TINY, "--set", "context=8", "--set", "heads=1")
+    assert main(words("deco_diff", "mvtec", root, out, *more)) == 0
+    model = da.load(out / "all" / "weights")
+    assert model.categories == ("bottle", "transistor") and model.config.classes == 2
+    assert table(out)["steps"] == 2
+
+
+def test_one_for_more_learns_task_after_task_and_says_what_it_forgot(root, tmp_path, capsys):
+    out = tmp_path / "run"
+    more = ("--profile", "tiny", "--image-size", "64", "--steps", "1", "--batch-size", "2")
+    assert main(words("one_for_more", "mvtec 10-5", root, out, *more)) == 0
+    assert (out / "task_2" / "weights.safetensors").is_file()
+    found = table(out)
+    assert found["steps"] == 2 and set(found["forgetting"]) == set(found["mean"]["here"])
+    assert "forgotten here" in capsys.readouterr().out
+
+
+def test_a_budget_shortens_the_recipe_and_the_table_says_by_how_much(root, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(reproduce, "_seconds_a_step", lambda *_: 1.0)
+    more = ("--profile", "tiny", "--image-size", "32", "--set", "width=8", "--set", "norm_groups=4")
+    more += ("--set", "context=8", "--set", "heads=1", "--budget", "2min")
+    assert main(words("deco_diff", "mvtec", root, out, *more)) == 0
+    assert table(out)["share of the recipe"] == 0.01 and table(out)["steps"] == 120
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def test_a_root_without_some_categories_is_refused_with_what_it_has(root, fails, tmp_path):
+    said = fails("reproduce", "deco_diff", "mvtec", "--data", root, "--out", tmp_path / "run")
+    assert "lacks cable, capsule" in said and "--only bottle transistor" in said
+
+
+def test_half_a_category_is_refused(root, fails, tmp_path, monkeypatch):
+    (root / "bottle/train/good/000.png").unlink()
+    call = words("deco_diff", "mvtec", root, tmp_path / "run", *TINY)
+    assert "lacks training images of bottle (2 of 3)" in fails(*call)
+    shutil.rmtree(root / "bottle/test")
+    assert "bottle" in fails(*call) and not (tmp_path / "run").exists()
+
+
+def test_the_papers_textures_are_asked_for_before_anything_is_trained(root, fails, tmp_path):
+    said = fails(*words("diffusion_ad", "mvtec", root, tmp_path / "run"))
+    assert "data_scripts/dtd.py" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--budget", "soon"), "a budget is a time such as 90s, 10min or 2h"),
+        (("--budget", "1min", "--steps", "3"), "give --budget or --steps, not both"),
+        (("--textures", "here"), "here is for diffusion_ad, not for deco_diff"),
+        (("--only", "shoe"), "--only shoe"),
+    ],
+)
+def test_words_that_make_no_sense_are_refused(root, fails, tmp_path, more, said):
+    assert said in fails(*words("deco_diff", "mvtec", root, tmp_path / "run", *more))
+
+
+def test_a_budget_that_is_too_short_for_an_epoch_says_what_one_takes(
+    root, fails, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reproduce, "_seconds_a_step", lambda *_: 10.0)
+    more = ("--profile", "tiny", "--image-size", "32", "--set", "width=8", "--set", "norm_groups=4")
+    said = fails(*words("deco_diff", "mvtec", root, tmp_path / "run", *more, "--budget", "9s"))
+    assert "a budget of 9s is too short" in said and "10 s" in said
+
+
+def test_a_folder_of_another_run_is_refused(root, fails, tmp_path, write):
+    out = tmp_path / "run"
+    more = (*TINY, "--set", "context=8", "--set", "heads=1")
+    assert main(words("deco_diff", "mvtec", root, out, *more)) == 0
+    for change, different in (
+        (("--set", "shift=2"), "config.shift"),
+        (("--only", "bottle"), "config.classes, data, groups"),
+        (("--seed", "3"), "training.seed"),
+    ):
+        said = fails(*words("deco_diff", "mvtec", root, out, *more, *change))
+        assert f"holds another run (different {different})" in said
+    write(root / "bottle/train/good/000.png", np.zeros((20, 24, 3), np.uint8))
+    assert "(different data)" in fails(*words("deco_diff", "mvtec", root, out, *more))
+
+
+def test_without_a_setting_it_is_said_what_is_needed(fails):
+    assert "reproduce PAPER SETTING --data FOLDER" in fails("reproduce", "deco_diff")
+
+
+# -------------------------------------------------------------------------------------- protocols
+
+
+class Grey:
+    """A detector whose map is how bright an image is."""
+
+    device = torch.device("cpu")
+
+    def predict(self, images, category_index=None, generator=None):
+        grey = images.mean(1)
+        return da.Prediction(grey, grey.flatten(1).amax(1), images)
+
+
+def test_protocols_make_masks_from_the_original_ones(mvtec_root, write):
+    """A defect of 8 x 6 in 24 x 20 pixels, at half the size 12 x 10: some pixels are half in it."""
+    for path in mvtec_root.glob("*/ground_truth/*/*.png"):
+        mask = np.zeros((20, 24), np.uint8)
+        mask[5:11, 7:16] = 255
+        write(path, mask)
+    data = AnomalyFolder(mvtec_root, "test", (10, 12), resample="linear")
+    defect = next(i for i, sample in enumerate(data.samples) if sample.label)
+    sizes = {}
+    for name, protocol in PROTOCOLS.items():
+        sizes[name] = int(protocol.with_its_masks(data)[defect]["mask"].sum())
+    assert (
+        int(data[defect]["mask"].sum()) == 4 * 5 - 2
+    )  # half of an edge pixel is enough, a quarter is not
+    assert sizes == {"diffusion_ad": 2 * 4, "deco_diff": 4 * 5, "one_for_more": 4 * 5}
+
+
+def test_deco_diffs_protocol_takes_an_image_whose_defect_is_cropped_away_for_normal(mvtec_root):
+    data = AnomalyFolder(mvtec_root, "test", 40, categories=["bottle"], crop=8)
+    report = evaluate(Grey(), data, progress=False)
+    assert report.table.loc["bottle", "n_defective"] == 4
+    near = AnomalyFolder(mvtec_root, "test", 40, categories=["bottle"], crop=8)
+    paths = {sample.mask_path for sample in near.samples if sample.label}
+    first = sorted(paths)[0]
+    Image.fromarray(np.eye(1, dtype=np.uint8) * 255).resize((24, 20)).save(first)  # all of it
+    for path in paths - {first}:
+        mask = np.zeros((20, 24), np.uint8)
+        mask[0, 0] = 255  # a corner, which is cropped away
+        Image.fromarray(mask).save(path)
+    report = evaluate(Grey(), near, progress=False, protocol=PROTOCOLS["deco_diff"])
+    assert report.table.loc["bottle", ["n_good", "n_defective"]].tolist() == [5, 1]
+
+
+# ---------------------------------------------------------------------------------- the real thing
+
+
+@real
+@pytest.mark.slow
+def test_bottles_and_transistors_of_mvtec_ad_go_through_a_run(tmp_path):
+    more = ("--profile", "tiny", "--image-size", "32", "--steps", "2", "--set", "width=8")
+    more += ("--set", "norm_groups=4", "--set", "context=8", "--set", "heads=1")
+    out = tmp_path / "run"
+    assert main(words("deco_diff", "mvtec", SAMPLE, out, *more)) == 0
+    rows = {row["category"]: row for row in table(out)["categories here"]}
+    assert {name: (r["n_good"], r["n_defective"]) for name, r in rows.items()} == {
+        "bottle": (20, 63),
+        "transistor": (60, 40),
+    }
+
+
+@real
+@pytest.mark.slow
+def test_masks_of_mvtec_ad_grow_and_shrink_by_the_rule_of_the_protocol():
+    data = AnomalyFolder(SAMPLE, "test", 128, ["bottle"], resample="linear")
+    data.samples = [sample for sample in data.samples if sample.label][::6]
+    area = {"exact": sum(float(item["mask"].sum()) for item in data)}
+    for name, protocol in PROTOCOLS.items():
+        area[name] = sum(float(s["mask"].sum()) for s in protocol.with_its_masks(data))
+    assert area["diffusion_ad"] < area["exact"] < area["deco_diff"] == area["one_for_more"]
