@@ -101,7 +101,11 @@ def result_tables(records: Path, names: dict[str, str]) -> str:
         reports = {name: reports[name] for name in order}
         best = reports[order[-1]]
         several = len(best.table) > 2  # categories, and their mean
-        parts += [f"### {title}\n", f"{tables.compare(reports)}\n"]
+        table = tables.compare(reports, (*tables.METRICS, "seconds_per_image"))
+        costs = [found[name].get("cost", {}) for name in order]
+        table.frame["s to train"] = [cost.get("training seconds") for cost in costs]
+        table.frame["MB"] = [cost.get("megabytes") for cost in costs]
+        parts += [f"### {title}\n", f"{table}\n"]
         for metric in ("image_auroc", "pixel_ap"):
             kinds = tables.compare_kinds(reports, metric)
             shown = kinds if several else turned(kinds)

@@ -35,7 +35,7 @@ from diffad_ref.tools.memory import peak_memory
 from diffad_ref.tools.options import Count, Model, Names, Root, Settings, Training, Weights
 from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
-from diffad_ref.tools.records import add_to_record, versions
+from diffad_ref.tools.records import add_to_record, megabytes, versions
 from diffad_ref.tools.sheet import write_sheet
 from diffad_ref.training import meet
 
@@ -205,7 +205,9 @@ class Evaluate(Command):
     def run(self, command: str) -> None:
         if self.record and self.protocol != "exact":
             raise ValueError("--record keeps exact metrics: with --protocol use --save")
+        start = time.time()
         detector, data, commands = self._baseline() if self.weights in BASELINES else self._loaded()
+        learned = {"training seconds": time.time() - start} if self.weights in BASELINES else {}
         protocol = PROTOCOLS.get(self.protocol)
         with peak_memory(detector.device) as peak:
             report = da.evaluate(
@@ -221,7 +223,8 @@ class Evaluate(Command):
             *(tables.by_category(report), "", note, "", tables.by_kind(report)),
         )
         if self.save:
-            entries = {"commands": [*commands, command], "versions": versions()} | found
+            entries = {"commands": [*commands, command], "versions": versions(), **found}
+            entries["cost"] = {"megabytes": megabytes(detector)} | learned
             write_text(json.dumps(entries, indent=1), self.save)
         if self.record:
             del found["report"]["images"]

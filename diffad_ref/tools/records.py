@@ -24,6 +24,11 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def megabytes(module: torch.nn.Module) -> float:
+    """What must be kept of a detector or a baseline to judge images, as it lies in memory."""
+    return sum(value.nbytes for value in module.state_dict().values()) / 1e6
+
+
 def versions() -> dict[str, str]:
     """Of everything that may change a number."""
     return {

@@ -29,7 +29,7 @@ from diffad_ref.one_for_more import Pasting
 from diffad_ref.tools import plan, tables
 from diffad_ref.tools.options import changed
 from diffad_ref.tools.protocols import MVTEC, ORDERS, PROTOCOLS, VISA
-from diffad_ref.tools.records import device_name, versions
+from diffad_ref.tools.records import device_name, megabytes, versions
 from diffad_ref.training import meet, plan_stages
 
 PAPERS = {"diffusion_ad": da.DiffusionAD, "deco_diff": da.DecoDiff, "one_for_more": da.OneForMore}
@@ -272,6 +272,7 @@ class Experiment:
         judge, start = _continual if self.paper == "one_for_more" else _apart, time.time()
         places = self.root, self.out, PROTOCOLS[self.paper], self.training
         found = judge(detector, setting, data, *places)
+        report = found.pop("report", None)
         facts = {
             "command": command,
             "categories": f"{sum(map(len, setting.groups))} of {sum(map(len, whole.groups))}",
@@ -287,6 +288,10 @@ class Experiment:
         text = _text(f"{self.paper}, {self.name}", setting, facts, found)
         if meet().is_main_process:
             write_text(json.dumps(facts | found, indent=1), self.out / "table.json")
+            if report is not None:  # as `evaluate --save` writes it, for `compare`
+                entries = {"commands": [command], "versions": versions(), "cost": found["cost"]}
+                entries |= {"report": tables.to_plain(report)}
+                write_text(json.dumps(entries, indent=1), self.out / "report.json")
             write_text(text + "\n", self.out / "table.md")
         return text
 
@@ -389,33 +394,34 @@ def _seconds_a_step(detector: Detector, data, precision: str, stage: da.Stage) -
 
 def _apart(detector, setting, data, root, out, protocol, training) -> dict:
     """Models that are trained apart, each judged on its own categories."""
-    reports, steps = {"here": [], "protocol": []}, 0
+    ways, found = {"here": None, "protocol": protocol}, []
     for group, train in zip(setting.groups, data, strict=True):
         folder = out / ("all" if len(group) > 1 else group[0])
-        model, path = deepcopy(detector), folder / "result.json"
+        path = folder / "result.json"
         if not path.exists():
+            start, model = time.time(), deepcopy(detector)
             history = da.fit(model, train, out=folder, **training)
+            result = {"steps": len(history.rows), "seconds": time.time() - start}
+            result["megabytes"] = megabytes(model)
             test = model.folder(root, "test", categories=list(group))
-            found = {"steps": len(history.rows)}
-            for kind, way in (("here", None), ("protocol", protocol)):
-                report = da.evaluate(model, test, protocol=way)
-                found[kind] = tables.to_plain(report)
-            record = {"steps": found["steps"], "data": {"categories": list(group)}}
+            for way, rule in ways.items():
+                report = da.evaluate(model, test, protocol=rule)
+                result[way] = tables.to_plain(report)
+            record = {"steps": result["steps"], "data": {"categories": list(group)}}
             da.save(model, folder / "weights", record, half=True)
-            write_text(json.dumps(found), path)
-        found = json.loads(path.read_text("utf-8"))
-        steps += found["steps"]
-        for kind, kept in reports.items():
-            table = tables.from_plain(found[kind]).table
-            kept.append(table.drop(index="mean"))
-    rows = {
-        kind: [row for table in kept for row in table.reset_index().to_dict("records")]
-        for kind, kept in reports.items()
+            write_text(json.dumps(result), path)
+        found.append(json.loads(path.read_text("utf-8")))
+    reports = {way: tables.joined([tables.from_plain(r[way]) for r in found]) for way in ways}
+    rows = reports["here"].table.drop(index="mean").reset_index().to_dict("records")
+    cost = {"training seconds": sum(r["seconds"] for r in found)}
+    cost["megabytes"] = sum(r["megabytes"] for r in found)
+    return {
+        "steps": sum(r["steps"] for r in found),
+        "report": reports["here"],
+        "cost": cost,
+        "categories here": rows,
+        "mean": {way: {m: report.mean[m] for m in METRICS} for way, report in reports.items()},
     }
-    means = {
-        kind: {m: _mean([row[m] for row in found]) for m in METRICS} for kind, found in rows.items()
-    }
-    return {"steps": steps, "categories here": rows["here"], "mean": means}
 
 
 def _continual(detector, setting, data, root, out, protocol, training) -> dict:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from pandas import DataFrame
@@ -112,6 +112,32 @@ def by_category(report: Report) -> Shown:
 def by_kind(report: Report, metrics=("image_auroc", "pixel_auroc", "pixel_ap")) -> Shown:
     """One row a kind of defect, against the good images of its category."""
     return Shown(report.kinds[[*metrics, "n_defective"]])
+
+
+def joined(reports: Sequence[Report]) -> Report:
+    """One report of models that judge different categories, without maps; with their mean.
+
+    Raises ValueError if a category is in two of them, or they were judged in different ways.
+    """
+    first, *_ = reports
+    if len({(r.detector, r.protocol, r.precision) for r in reports}) > 1:
+        raise ValueError("reports of different detectors, protocols or precisions are not joined")
+    table = pd.concat([report.table.drop(index="mean") for report in reports])
+    if table.index.has_duplicates:
+        twice = ", ".join(table.index[table.index.duplicated()])
+        raise ValueError(f"categories in more than one report: {twice}")
+    table.loc["mean"] = table.mean().where(~table.columns.isin(COUNTS), table.sum())
+    images = pd.concat([report.images for report in reports], ignore_index=True)
+    seconds = sum(report.seconds_per_image * len(report.images) for report in reports)
+    return replace(
+        first,
+        table=table,
+        kinds=pd.concat([report.kinds for report in reports]),
+        images=images,
+        seconds_per_image=seconds / len(images),
+        maps=None,
+        masks=None,
+    )
 
 
 def compare(reports: dict[str, Report], metrics=METRICS) -> Shown:
