@@ -26,6 +26,7 @@ from pathlib import Path
 import yaml
 
 from check_pages import problems
+from diffad_ref.tools.reproduce import plan_table
 from generated import (
     card_tables,
     continual_table,
@@ -36,6 +37,7 @@ from generated import (
     status_page,
 )
 from house import house_page
+from real_maps import map_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -135,6 +137,10 @@ def stage(notebooks: list[Path]) -> None:
     continual = ROOT / "diffad_ref" / "weights" / "one_for_more_toy_3.json"
     (generated / "continual.md").write_text(continual_table(continual))
     (generated / "plan.md").write_text(plan_tables())
+    (generated / "reproduce.md").write_text(f"{plan_table()}\n")
+    mvtec = Path(os.environ.get("DIFFAD_MVTEC", ROOT / "data" / "mvtec_ad"))
+    shown = map_pictures(mvtec, ROOT / "runs" / "mvtec", generated / "mvtec_maps.png")
+    (generated / "mvtec_maps.md").write_text(shown)
     card = ROOT / "bench" / "h100.json"
     (generated / "card.md").write_text(card_tables(card))
     (generated / "house.md").write_text(house_page())

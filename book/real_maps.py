@@ -1,0 +1,87 @@
+"""Maps of all methods on MVTec AD, side by side, for whoever has the data set at hand.
+
+Its licence keeps its images out of this repository, and weights that have learned from it. So the
+picture is drawn when the book is built, if `DIFFAD_MVTEC` names the folder; a page says so if not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+
+import diffad_ref as da
+from diffad_ref.tools.baselines import PCA, NearestFeatures, Template
+
+CATEGORIES = ("bottle", "transistor")
+SOURCE = (
+    "Images: MVTec AD, P. Bergmann, M. Fauser, D. Sattlegger, C. Steger, CVPR 2019 and IJCV 129 "
+    "(2021), resized, [CC BY-NC-SA 4.0](https://creativecommons.org/licenses/by-nc-sa/4.0/); so is "
+    "this picture."
+)
+ABSENT = (
+    "The maps of all methods side by side are drawn where the data set is at hand: set "
+    "`DIFFAD_MVTEC` to its folder and build the book again. What `reproduce` has trained below "
+    "`runs/mvtec` is then in the picture, too.\n"
+)
+
+
+def map_pictures(root: Path, runs: Path, path: Path) -> str:
+    """Draw them to `path`; gives the Markdown that shows them, or says how to get them."""
+    if not root.is_dir():
+        return ABSENT
+    rows = [row for category in CATEGORIES for row in _rows(root, runs, category)]
+    columns = list(rows[0])[2:]
+    fig, axes = plt.subplots(len(rows), 1 + len(columns), squeeze=False)
+    fig.set_size_inches(1.5 * (1 + len(columns)), 1.55 * len(rows))
+    for row, line in zip(rows, axes, strict=True):
+        line[0].imshow(row["image"])
+        line[0].set_ylabel(row["what"], fontsize=9)
+        for name, axis in zip(columns, line[1:], strict=True):
+            axis.imshow(row[name], "inferno", vmin=0, vmax=1)
+    for axis, name in zip(axes[0], ["image", *columns], strict=True):
+        axis.set_title(name, fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    fig.tight_layout(pad=0.3)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    words = "Maps of a good image, of the defect that *nearest* finds easiest, and of the hardest"
+    words += "; each method has one scale for all"
+    alt = words.replace("*", "")
+    return f"```{{figure}} _generated/{path.name}\n:alt: {alt}.\n\n{words}. {SOURCE}\n```\n"
+
+
+def _rows(root: Path, runs: Path, category: str) -> list[dict]:
+    """A good, an easy and a hard image of a category, with the map of each method in [0, 1]."""
+    maps, scores = {}, {}
+    for name, (judge, test) in _judges(root, runs, category).items():
+        report = da.evaluate(judge, test, progress=False)
+        top = float(torch.quantile(report.maps[:, ::4, ::4].flatten(1).amax(1), 0.9))
+        maps[name], scores[name] = (report.maps / top).clamp(0, 1), report.images
+    images = scores["nearest"]
+    bad = np.flatnonzero(images["label"])
+    order = bad[np.argsort(images["score"].to_numpy()[bad])]
+    chosen = {"good": np.flatnonzero(images["label"] == 0)[0], "easy": order[-1], "hard": order[0]}
+    shown = da.AnomalyFolder(root, "test", 128, [category])
+    found = []
+    for word, i in chosen.items():
+        row = {"what": f"{category}, {word}", "image": shown[i]["image"].permute(1, 2, 0)}
+        found.append(row | {name: values[i] for name, values in maps.items()})
+    return found
+
+
+def _judges(root: Path, runs: Path, category: str) -> dict:
+    """Baselines that learn here, and detectors that were trained before, with their test sets."""
+    found = {}
+    for name, kind in (("template", Template), ("PCA", PCA), ("nearest", NearestFeatures)):
+        train, test = (da.AnomalyFolder(root, s, 256, [category]) for s in ("train", "test"))
+        found[name] = kind().fit(train), test
+    for folder in sorted(runs.glob("*")):
+        for place in (category, "all"):
+            if (folder / place / "weights.safetensors").is_file():
+                detector = da.load(folder / place / "weights")
+                found[folder.name] = detector, detector.folder(root, "test", categories=[category])
+    return found
