@@ -23,6 +23,7 @@ from generated import (
     result_tables,
     status_page,
 )
+from real_maps import map_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "book").glob("*.md"))
@@ -295,6 +296,26 @@ def test_results_of_several_categories_show_kinds_as_rows_and_the_best_method_in
     assert "| category | kind | worse | better |" in text
     assert "| gear | bent | 25.0 | **50.0** |" in text
     assert "By category, better:" in text and "| board | 50.0 |" in text.split("By category")[1]
+
+
+def test_results_say_what_a_method_costs_where_it_was_recorded(tmp_path):
+    cost = {"training seconds": 65.0, "megabytes": 26.5}
+    save_record(tmp_path / "toy" / "nearest.json", {"gear": 0.5}, cost=cost, commands=["a"])
+    save_record(tmp_path / "toy" / "PCA.json", {"gear": 0.25}, commands=["b"])
+    text = re.sub(" +", " ", result_tables(tmp_path, {"toy": "Toys"}))
+    head = next(line for line in text.splitlines() if line.startswith("| method"))
+    assert head.endswith("| s per image | s to train | MB |")
+    assert re.search(r"\| nearest .*\| 65 \| 26.5 \|", text)
+    assert re.search(r"\| PCA .*\| \| \|", text)
+
+
+def test_maps_of_real_images_are_drawn_only_where_there_are_images(tmp_path, mvtec_root):
+    path = tmp_path / "maps.png"
+    assert "DIFFAD_MVTEC" in map_pictures(tmp_path / "nowhere", tmp_path, path)
+    assert not path.exists()
+    (mvtec_root / "carpet").rename(mvtec_root / "transistor")
+    text = map_pictures(mvtec_root, tmp_path / "runs", path)
+    assert path.is_file() and "CC BY-NC-SA 4.0" in text and "_generated/maps.png" in text
 
 
 def test_variants_of_a_method_stand_with_their_intervals_in_the_order_of_their_files(tmp_path):

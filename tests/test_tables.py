@@ -21,6 +21,7 @@ from diffad_ref.tools.tables import (
     compare,
     compare_kinds,
     from_plain,
+    joined,
     rows,
     summarise,
     to_plain,
@@ -296,3 +297,37 @@ def test_report_may_come_without_its_images():
     plain = to_plain(report())
     del plain["images"]
     assert from_plain(plain).images.empty and from_plain(plain).mean["aupro"] == 0.625
+
+
+# -------------------------------------------------------------- models that judge one category each
+
+
+def single(category, value, images, seconds):
+    """A report on one category, with `images` images of which one is defective."""
+    found = report(**{"bolt": value, "nut": value}, seconds=seconds)
+    found.table = found.table.drop(index="nut").rename(index={"bolt": category})
+    found.table.loc["mean", list(METRICS)] = value
+    kinds = found.kinds.reset_index()
+    found.kinds = kinds[kinds["category"] == "nut"].assign(category=category)
+    found.kinds = found.kinds.set_index(["category", "kind"])
+    found.images = DataFrame({"path": ["a"] * images, "score": [0.0] * images})
+    return found
+
+
+def test_reports_on_different_categories_become_one_with_their_mean():
+    one, two = single("bolt", 0.5, 3, 0.1), single("nut", 0.75, 1, 0.5)
+    both = joined([one, two])
+    assert list(both.table.index) == ["bolt", "nut", "mean"]
+    assert both.mean["pixel_ap"] == 0.625 and both.mean["n_good"] == 6
+    assert len(both.kinds) == 2 and len(both.images) == 4
+    assert both.seconds_per_image == pytest.approx((3 * 0.1 + 0.5) / 4)
+    assert cells(compare({"both": both}, ("pixel_ap",)))[1] == ["both", "62.5"]
+
+
+def test_reports_that_share_a_category_or_a_way_of_judging_not_at_all_are_not_joined():
+    one, other = single("bolt", 0.5, 3, 0.1), single("nut", 0.75, 1, 0.5)
+    with pytest.raises(ValueError, match="categories in more than one report: bolt"):
+        joined([one, one])
+    other.protocol = "deco_diff"
+    with pytest.raises(ValueError, match="different detectors, protocols or precisions"):
+        joined([one, other])
