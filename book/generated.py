@@ -156,6 +156,14 @@ def continual_table(description: Path) -> str:
     return f"{table}\n\n{made_by(run['command'] for run in runs.values())}"
 
 
+def continual_runs(records: Path) -> str:
+    """Runs of several tasks in a row, from what `continual --save` wrote; names sort them."""
+    found = {p.stem.partition("-")[2]: json.loads(p.read_text()) for p in sorted(records.glob("*"))}
+    runs = {name.replace("_", " "): Continual(**run["continual"]) for name, run in found.items()}
+    commands = made_by(line for run in found.values() for line in run["commands"])
+    return f"{tables.summarise(runs)}\n\n{commands}"
+
+
 def plan_tables() -> str:
     """What the papers' sizes cost: weights and arithmetic, memory, hours, protection."""
     plans = plan.paper_plans()

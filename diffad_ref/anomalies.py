@@ -249,8 +249,7 @@ def _equalized(x: Tensor) -> Tensor:
     return functional.equalize(x.to(torch.uint8)).float()
 
 
-# Of levels (B, 3, H, H), whole numbers from 0 to 255, and strengths in their ranges: (B, 1, 1, 1),
-# or (B, 3, 1, 1) where each channel has its own.
+# Of whole levels (B, 3, H, H), 0 to 255, and strengths: (B, 1, 1, 1), or (B, 3, 1, 1) by channel.
 WAYS = (
     (lambda x, gamma: 255 * (x / 255) ** gamma, (0.5, 2.0, 3)),
     (lambda x, factor, offset: factor * x + offset, (0.8, 1.2, 1), (-30, 30, 1)),  # brightness

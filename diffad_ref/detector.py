@@ -105,9 +105,8 @@ class Stage:
         """The same with epochs as steps, for so many training images."""
         if self.steps is not None:
             return self
-        batches = images / (self.batch_size * self.accumulate * processes)
-        whole = math.floor(batches) if self.drop_last else math.ceil(batches)
-        return replace(self, steps=self.epochs * max(1, whole))
+        whole, at_once = math.floor if self.drop_last else math.ceil, self.batch_size * processes
+        return replace(self, steps=self.epochs * max(1, whole(images / at_once / self.accumulate)))
 
 
 class Detector(nn.Module, ABC):

@@ -94,8 +94,7 @@ class Config:
     @classmethod
     def small(cls, image_size: int = 128, **changes) -> "Config":
         """A quarter of an hour on a GPU: 10.5 M parameters, denoising packed 2 x 2 pixels."""
-        tiny, together = cls.tiny(image_size), {"denoiser": Rate(2e-5, "cosine", 20)}
-        together["segmenter"] = Rate(2e-4, "cosine", 20)
+        tiny = cls.tiny(image_size)
         small = replace(
             tiny,
             **{"width": 40, "multipliers": (1, 2, 3, 4), "attention_levels": (3,)},
@@ -104,7 +103,7 @@ class Config:
             stages=(
                 Stage("denoiser", 1700, 16, {"denoiser": Rate(4e-4, "cosine", 50)}, clip=1.0),
                 Stage("segmentation", 1100, 16, {"segmenter": Rate(8e-4, "cosine", 30)}, clip=1.0),
-                Stage("joint", 200, 16, together, clip=1.0),
+                Stage("joint", 200, 16, tiny.stages[-1].lr, clip=1.0),
             ),
         )
         return replace(small, **changes)

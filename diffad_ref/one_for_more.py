@@ -114,9 +114,9 @@ class Config:
         small = replace(
             cls.tiny(image_size),
             start=None,
-            **{"width": 64, "multipliers": (1, 2), "heads": 2, "condition_layers": 4},
+            **{"width": 64, "heads": 2, "condition_layers": 4, "sigma": 4.0},
             codec=CodecConfig("pca", channels=16, factor=4),
-            **{"features": "tf_efficientnet_lite0", "walk": 2, "sigma": 4.0},
+            features="tf_efficientnet_lite0",
             stages=(Stage("task", 2500, 32, parts, "adamw", weight_decay=1e-4, clip=1.0),),
         )
         return replace(small, **changes)

@@ -200,13 +200,16 @@ def restore(detector: Detector, out: str | os.PathLike) -> dict[str, Tensor]:
 
     Parts that come from elsewhere and never learn are in no checkpoint; they are loaded again.
     """
-    path, own = Path(out) / STATE, detector.state_dict()
-    tensors = read_tensors(path)
-    for name in (borrowed := _borrowed(detector)):
-        getattr(detector, name).prepare(None)
-    kept = {k: v for k, v in own.items() if k.split(".")[0] in borrowed}
-    load_weights(detector, kept | _under("model.", tensors), path)
+    tensors = read_tensors(path := Path(out) / STATE)
+    load_weights(detector, _under("model.", tensors) | borrow(detector), path)
     return tensors
+
+
+def borrow(detector: Detector) -> dict[str, Tensor]:
+    """The state of a detector's parts that come from elsewhere and never learn, once loaded."""
+    for name in (names := _borrowed(detector)):
+        getattr(detector, name).prepare(None)
+    return {k: v for k, v in detector.state_dict().items() if k.split(".")[0] in names}
 
 
 def _borrowed(detector: Detector) -> list[str]:

@@ -384,3 +384,14 @@ def test_predict_needs_no_category_and_gives_the_scores_of_the_library(root, tra
 def data_known_as(data, category):
     """The same samples under a category that the detector knows."""
     return [{**sample, "category": category} for sample in data]
+
+
+def test_weights_may_be_judged_with_the_features_of_another_network(root, run, tmp_path, capsys):
+    call = ["evaluate", str(run / "task_1" / "weights"), str(root), "--categories", "gear"]
+    table = {}
+    for name in ("patches", "tf_efficientnet_lite0"):
+        path = tmp_path / f"{name}.json"
+        assert main([*call, "--set", f'features="{name}"', "--save", str(path)]) == 0
+        table[name] = json.loads(path.read_text())["report"]["images"]
+    scores = [[row["score"] for row in rows] for rows in table.values()]
+    assert scores[0] != scores[1]

@@ -37,7 +37,7 @@ from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
 from diffad_ref.tools.records import add_to_record, megabytes, versions
 from diffad_ref.tools.sheet import write_sheet
-from diffad_ref.training import meet
+from diffad_ref.training import borrow, meet
 
 BASELINES = {"template": baselines.Template, "PCA": baselines.PCA}
 BASELINES["nearest"] = baselines.NearestFeatures
@@ -248,7 +248,7 @@ class Evaluate(Command):
         if self.set:
             other = type(detector)(options.changed(detector.config, self.set))
             other.categories = detector.categories
-            load_weights(other, detector.state_dict(), f"{self.weights} with --set")
+            load_weights(other, _state_for(other, detector), f"{self.weights} with --set")
             detector = other.eval()
         detector.to(meet().device)
         root = options.root_of(self.data, detector.config.image_size)
@@ -408,6 +408,16 @@ class Predict(Command):
             maps.append(prediction.anomaly_map.half().cpu())
             scores += prediction.score.tolist()
         return torch.cat(maps).float(), scores
+
+
+def _state_for(other: da.Detector, detector: da.Detector) -> dict:
+    """A detector's state for another, whose features may be those of another network."""
+    state = detector.state_dict()
+    if other.state_dict().keys() == state.keys():
+        return state
+    loaded = borrow(other)
+    parts = {name.split(".")[0] for name in loaded}
+    return {name: v for name, v in state.items() if name.split(".")[0] not in parts} | loaded
 
 
 def _rows(table: tables.Shown) -> list[dict]:
