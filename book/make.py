@@ -139,7 +139,7 @@ def stage(notebooks: list[Path]) -> None:
     (generated / "plan.md").write_text(plan_tables())
     (generated / "reproduce.md").write_text(f"{plan_table()}\n")
     mvtec = Path(os.environ.get("DIFFAD_MVTEC", ROOT / "data" / "mvtec_ad"))
-    shown = map_pictures(mvtec, ROOT / "runs" / "mvtec", generated / "mvtec_maps.png")
+    shown = map_pictures(mvtec, ROOT / "runs", generated / "mvtec_maps.png")
     (generated / "mvtec_maps.md").write_text(shown)
     card = ROOT / "bench" / "h100.json"
     (generated / "card.md").write_text(card_tables(card))

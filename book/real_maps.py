@@ -23,17 +23,17 @@ SOURCE = (
 )
 ABSENT = (
     "The maps of all methods side by side are drawn where the data set is at hand: set "
-    "`DIFFAD_MVTEC` to its folder and build the book again. What `reproduce` has trained below "
-    "`runs/mvtec` is then in the picture, too.\n"
+    "`DIFFAD_MVTEC` to its folder and build the book again. What `reproduce` has trained is then "
+    "in the picture, too.\n"
 )
 
 
 def map_pictures(root: Path, runs: Path, path: Path) -> str:
     """Draw them to `path`; gives the Markdown that shows them, or says how to get them."""
-    if not root.is_dir():
+    if not all((root / category).is_dir() for category in CATEGORIES):
         return ABSENT
     rows = [row for category in CATEGORIES for row in _rows(root, runs, category)]
-    columns = list(rows[0])[2:]
+    columns = [name for name in rows[0] if all(name in row for row in rows)][2:]
     fig, axes = plt.subplots(len(rows), 1 + len(columns), squeeze=False)
     fig.set_size_inches(1.5 * (1 + len(columns)), 1.55 * len(rows))
     for row, line in zip(rows, axes, strict=True):
@@ -60,7 +60,8 @@ def _rows(root: Path, runs: Path, category: str) -> list[dict]:
     for name, (judge, test) in _judges(root, runs, category).items():
         report = da.evaluate(judge, test, progress=False)
         top = float(torch.quantile(report.maps[:, ::4, ::4].flatten(1).amax(1), 0.9))
-        maps[name], scores[name] = (report.maps / top).clamp(0, 1), report.images
+        maps[name] = (report.maps / max(top, 1e-12)).clamp(0, 1)
+        scores[name] = report.images
     images = scores["nearest"]
     bad = np.flatnonzero(images["label"])
     order = bad[np.argsort(images["score"].to_numpy()[bad])]
@@ -79,9 +80,10 @@ def _judges(root: Path, runs: Path, category: str) -> dict:
     for name, kind in (("template", Template), ("PCA", PCA), ("nearest", NearestFeatures)):
         train, test = (da.AnomalyFolder(root, s, 256, [category]) for s in ("train", "test"))
         found[name] = kind().fit(train), test
-    for folder in sorted(runs.glob("*")):
+    for folder in sorted(runs.glob("*-mvtec")):  # where `reproduce` leaves them
         for place in (category, "all"):
             if (folder / place / "weights.safetensors").is_file():
                 detector = da.load(folder / place / "weights")
-                found[folder.name] = detector, detector.folder(root, "test", categories=[category])
+                name = type(detector).__name__
+                found[name] = detector, detector.folder(root, "test", categories=[category])
     return found

@@ -298,9 +298,10 @@ def synthesize(
     b, size, draw = len(images), images.shape[-1], Draw(generator, images.device)
     normal, match, shuffled, flat = draw.uniform(4, b)
     both = torch.cat([crop_textures(bank, b, size, generator), images])
-    source, own = augment(both, generator, settings.n_augmentations).chunk(2)
+    both = augment(both, generator, settings.n_augmentations)
     grey = (images.amax(1) - images.amin(1)).flatten(1).amax(1) < 0.02
-    source = _where(grey, source.mean(1, keepdim=True).expand_as(source), source)
+    both = _where(grey.repeat(2), both.mean(1, keepdim=True).expand_as(both), both)
+    source, own = both.chunk(2)
     if settings.p_match:
         source = _where(match < settings.p_match, match_statistics(source, images, draw), source)
     shuffle = {"grid": shuffle_grid, "strips": shuffle_strips}[settings.shuffle]

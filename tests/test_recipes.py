@@ -1,5 +1,6 @@
 """Recipes as the papers and their released code have them: lengths, starts, images, anomalies."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -220,7 +221,15 @@ def test_foreground_masks_may_lie_where_the_released_code_has_them(mvtec_root, w
         inside = path.relative_to(path.parents[2] / "train")
         write(path.parents[2] / "DISthresh" / inside, np.full((20, 24), 255, np.uint8))
     detector = da.DiffusionAD.tiny(image_size=32, foreground="DISthresh")
+    shutil.rmtree(mvtec_root / "carpet" / "DISthresh")  # a texture needs none
     data = detector.folder(mvtec_root, "train")
-    assert data[0]["foreground"].all() and len(data.fingerprint()["foreground"]) > 60
+    assert (
+        all(sample["foreground"].all() for sample in data)
+        and len(data.fingerprint()["foreground"]) > 60
+    )
+    assert "foreground" not in detector.folder(mvtec_root, "test")[0]
+    good = mvtec_root / "bottle/test/good"
+    found = detector.from_folders(good=good, texture=False, **detector.view("test"))
+    assert "foreground" not in found[0]  # as `predict` reads an image
     with pytest.raises(FileNotFoundError, match="thresh"):
         da.AnomalyFolder(mvtec_root, foreground="thresh")

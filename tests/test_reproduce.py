@@ -3,6 +3,10 @@
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +68,7 @@ def test_deco_diff_makes_800_epochs_of_nine_tenths_of_the_images():
         with torch.device("meta"):
             (stage,) = recipe("deco_diff", SETTINGS["deco_diff", name]).stages
         assert stage.steps == steps
+        assert stage.lr["corrector"].warmup == 10 * steps / 800
 
 
 def test_visa_has_variants_of_its_own():
@@ -97,10 +102,18 @@ def test_the_plan_adds_up_what_each_model_takes(monkeypatch):
     assert ad["models"] == 15 and ad["training images"] == 3629 and ad["steps"] == expected
     seconds = expected * 16 * 1e12 / (plan.GPUS["T4"][0] * 1e12 * plan.SHARES["DiffusionAD"])
     assert ad["T4, h"] == pytest.approx(seconds / 3600)
-    assert ad["disk, GB"] == pytest.approx(15 * 14e9 / 2**30)
+    assert ad["disk, GB"] == pytest.approx((15 * 6 + 8) * 1e9 / 2**30)
     one = frame.loc["one_for_more", "mvtec 14-1"]
     assert (one["tasks"], one["steps"]) == (2, 151_500)
-    assert one["disk, GB"] == pytest.approx(2 * (14e9 / 2**30 + 1))
+    assert one["disk, GB"] == pytest.approx(2 * (6e9 / 2**30 + 1) + 8e9 / 2**30)
+    first, later = (
+        replace(hand, steps=n, images=12 * n, protection=replace(cost, images=k // 10))
+        for n, k in ((141_500, 3389), (10_000, 240))
+    )
+    hours = first.hours("T4") + first.gathering_hours("T4") + later.protected_hours("T4")
+    assert one["T4, h"] == pytest.approx(hours)
+    part = reproduce.plan_table([("diffusion_ad", "mvtec")], ["bottle"]).frame
+    assert part["steps"].tolist() == [39_000]
     assert frame.loc["diffusion_ad", "dagm"].isna()["steps"]  # its numbers are not stated
 
 
@@ -191,6 +204,42 @@ def test_a_budget_shortens_the_recipe_and_the_table_says_by_how_much(root, tmp_p
     assert table(out)["share of the recipe"] == 0.01 and table(out)["steps"] == 120
 
 
+def test_seconds_of_a_step_do_not_count_the_reading_of_images(mvtec_root, monkeypatch):
+    detector = da.DecoDiff.tiny(image_size=32, width=8, norm_groups=4, context=8, heads=1)
+    data, read = detector.folder(mvtec_root, "train"), AnomalyFolder._decode
+
+    def slowly(self, record):
+        time.sleep(0.2)
+        return read(self, record)
+
+    monkeypatch.setattr(AnomalyFolder, "_decode", slowly)
+    found = reproduce._seconds_a_step(detector, data, "auto", detector.stages[0])
+    assert 0.001 < found < 1
+
+
+def test_two_processes_share_a_run(root, tmp_path):
+    """What is written is written once; every process reads it."""
+    out = tmp_path / "run"
+    more = (*TINY, "--set", "context=8", "--set", "heads=1", "--batch-size", "1")
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nfrom diffad_ref.__main__ import main\nfrom diffad_ref.tools import reproduce\n"
+        "reproduce.IMAGES = {'bottle': 3, 'transistor': 3}\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    call = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    call += ["--master_port", str(free_port()), str(script)]
+    call += words("deco_diff", "mvtec", root, out, *more)
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert table(out)["steps"] == 2 and (out / "all" / "result.json").is_file()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -219,6 +268,7 @@ def test_the_papers_textures_are_asked_for_before_anything_is_trained(root, fail
         (("--budget", "1min", "--steps", "3"), "give --budget or --steps, not both"),
         (("--textures", "here"), "here is for diffusion_ad, not for deco_diff"),
         (("--only", "shoe"), "--only shoe"),
+        (("--plan", "--budget", "1h"), "--plan counts the paper's recipe"),
     ],
 )
 def test_words_that_make_no_sense_are_refused(root, fails, tmp_path, more, said):
@@ -240,7 +290,7 @@ def test_a_folder_of_another_run_is_refused(root, fails, tmp_path, write):
     assert main(words("deco_diff", "mvtec", root, out, *more)) == 0
     for change, different in (
         (("--set", "shift=2"), "config.shift"),
-        (("--only", "bottle"), "config.classes, data, groups"),
+        (("--only", "bottle"), "config.classes, data, groups, test"),
         (("--seed", "3"), "training.seed"),
     ):
         said = fails(*words("deco_diff", "mvtec", root, out, *more, *change))

@@ -330,12 +330,14 @@ class Reproduce(Command):
         if self.paper and self.setting:
             reproduce.setting_of(self.paper, self.setting)  # or say which there are
         if self.plan:
+            if self.budget or self.set or self.profile != "paper":
+                raise ValueError("--plan counts the paper's recipe: besides it there is --only")
             wanted = [
                 key
                 for key in reproduce.SETTINGS
                 if self.paper in (None, key[0]) and self.setting in (None, key[1])
             ]
-            print(reproduce.plan_table(wanted))
+            print(reproduce.plan_table(wanted, self.only))
             return
         if None in (self.paper, self.setting, self.data):
             raise ValueError("say what: reproduce PAPER SETTING --data FOLDER, or --plan")
@@ -412,8 +414,8 @@ class Predict(Command):
 
 def _state_for(other: da.Detector, detector: da.Detector) -> dict:
     """A detector's state for another, whose features may be those of another network."""
-    state = detector.state_dict()
-    if other.state_dict().keys() == state.keys():
+    state, name = detector.state_dict(), "features"
+    if getattr(other.config, name, None) == getattr(detector.config, name, None):
         return state
     loaded = borrow(other)
     parts = {name.split(".")[0] for name in loaded}

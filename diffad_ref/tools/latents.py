@@ -95,7 +95,7 @@ def fingerprint(dataset: AnomalyFolder, codec: Codec) -> dict[str, str]:
     return {
         "codec weights": weights.hexdigest()[:16],
         "images": images.hexdigest()[:16],
-        "image size": f"{dataset.image_size}, cropped to {dataset.crop}",
+        "image size": f"{dataset.image_size}, {dataset.resample}, cropped to {dataset.crop}",
     }
 
 

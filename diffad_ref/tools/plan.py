@@ -98,11 +98,20 @@ class Plan:
 
     def protected_hours(self, gpu: str, share: float | None = None) -> float:
         """Of a task after the first: the recipe, every step projected, and then the gathering."""
-        cost, peak = self.protection, GPUS[gpu][1] * 1e12 * MATRIX_SHARE
-        matrices = cost.decompose_flops + cost.images * cost.square_flops
-        matrices += cost.project_flops * self.steps
+        projecting = self.protection.project_flops * self.steps / (_matrices(gpu) * 3600)
+        return self.hours(gpu, share) + projecting + self.gathering_hours(gpu, share)
+
+    def gathering_hours(self, gpu: str, share: float | None = None) -> float:
+        """Of what comes after any task: walks over its images, squares, eigenvectors."""
+        cost = self.protection
         walks = cost.passes * cost.images * self.predict_flops / (self.step_flops * self.images)
-        return self.hours(gpu, share) * (1 + walks) + matrices / peak / 3600
+        matrices = cost.decompose_flops + cost.images * cost.square_flops
+        return self.hours(gpu, share) * walks + matrices / (_matrices(gpu) * 3600)
+
+
+def _matrices(gpu: str) -> float:
+    """Products of large matrices that a card gets done, in FLOP/s."""
+    return GPUS[gpu][1] * 1e12 * MATRIX_SHARE
 
 
 @dataclass(frozen=True)

@@ -256,6 +256,8 @@ class Protocol:
         """The same samples with masks by the protocol's rule, made from the original ones."""
         if not isinstance(dataset, AnomalyFolder):
             return dataset
+        if self.labels_from_masks and not dataset.has_masks:
+            raise ValueError(f"{self.name} reads labels from masks: a defective image has none")
         dataset = copy(dataset)
         settings = {"resample": dataset.resample, "shade": self.shade}
         dataset.resize_mask, dataset._cache = partial(shaded_mask, **settings), {}

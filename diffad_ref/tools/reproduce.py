@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
 from diffad_ref.checkpoints import differences, read_description, write_text
 from diffad_ref.continual import HARMLESS
+from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector, precision_on
 from diffad_ref.metrics import METRICS
 from diffad_ref.one_for_more import Pasting
@@ -30,7 +32,7 @@ from diffad_ref.tools import plan, tables
 from diffad_ref.tools.options import changed
 from diffad_ref.tools.protocols import MVTEC, ORDERS, PROTOCOLS, VISA
 from diffad_ref.tools.records import device_name, megabytes, versions
-from diffad_ref.training import meet, plan_stages
+from diffad_ref.training import STATE, meet, plan_stages, processes
 
 PAPERS = {"diffusion_ad": da.DiffusionAD, "deco_diff": da.DecoDiff, "one_for_more": da.OneForMore}
 
@@ -130,11 +132,13 @@ def recipe(
     size = {} if image_size is None else {"image_size": image_size}
     config = getattr(PAPERS[paper].Config, profile)(**size, **own)
     detector = PAPERS[paper](changed(config, tuple(changes)))
-    if paper == "deco_diff" and profile == "paper":
-        count = images_of(setting)
-        if count is not None:
-            (stage,) = detector.stages
-            detector.stages = (replace(stage, steps=800 * math.ceil(0.9 * sum(count) / 256)),)
+    counts = images_of(setting)
+    if paper == "deco_diff" and detector.stages == DecoDiff.Config.paper().stages and counts:
+        epoch = math.ceil(0.9 * sum(counts) / 256)  # a tenth is held out, though not from us
+        (stage,) = detector.stages
+        rate = replace(stage.lr["corrector"], warmup=10 * epoch)
+        stage = replace(stage, steps=800 * epoch, lr={"corrector": rate})
+        detector.stages = (stage,)
     if setting.most is not None:
         _take_at_most(detector, setting.most)
     return detector
@@ -168,12 +172,17 @@ def images_of(setting: Setting) -> list[int] | None:
 # ---------------------------------------------------------------------------------------- dry run
 
 
-def plan_table(wanted: Sequence[tuple[str, str]] | None = None) -> tables.Shown:
-    """Models, steps, hours by card and disk of settings, by default all; needs no data."""
+def plan_table(
+    wanted: Sequence[tuple[str, str]] | None = None, names: Sequence[str] | None = None
+) -> tables.Shown:
+    """Models, steps, hours by card and disk of settings, by default all; needs no data.
+
+    `names` are categories, of a single setting, that count alone.
+    """
     costs = dict(zip(PAPERS, plan.recipe_plans(), strict=True))
     found = []
     for paper, name in wanted or SETTINGS:
-        setting, p = SETTINGS[paper, name], costs[paper]
+        setting, p = only(SETTINGS[paper, name], names), costs[paper]
         row = {"paper": paper, "setting": name, "models": 1, "tasks": None}
         if paper == "one_for_more":
             row["tasks"] = len(setting.groups)
@@ -187,24 +196,33 @@ def plan_table(wanted: Sequence[tuple[str, str]] | None = None) -> tables.Shown:
         stages = [plan_stages(detector.stages, count) for count in counts]
         steps = [sum(s.steps for s in group) for group in stages]
         shown = [sum(s.steps * s.batch_size * s.accumulate for s in group) for group in stages]
+        parts = [replace(p, steps=n, images=k) for n, k in zip(steps, shown, strict=True)]
+        if p.protection:  # every tenth image is gathered
+            gathered = [
+                replace(p.protection, images=count // detector.config.every) for count in counts
+            ]
+            parts = [replace(q, protection=g) for q, g in zip(parts, gathered, strict=True)]
         row |= {"training images": sum(counts), "steps": sum(steps)}
-        for gpu in plan.GPUS:
-            parts = [replace(p, steps=n, images=k) for n, k in zip(steps, shown, strict=True)]
-            row[f"{gpu}, h"] = sum(part.hours(gpu) for part in parts)
-            if paper == "one_for_more":
-                later = [
-                    replace(part, protection=replace(p.protection, images=count // 10))
-                    for part, count in zip(parts, counts, strict=True)
-                ]
-                row[f"{gpu}, h"] = parts[0].hours(gpu) + sum(
-                    part.protected_hours(gpu) for part in later[1:]
-                )
-        each_bytes = 12 * p.learning + 2 * p.weights  # a checkpoint with Adam's averages; halves
-        if p.protection:
-            each_bytes += p.protection.basis_bytes
-        row["disk, GB"] = len(setting.groups) * each_bytes / plan.GB
+        row |= {f"{gpu}, h": _hours(parts, gpu) for gpu in plan.GPUS}
+        row["disk, GB"] = _disk(p, len(parts)) / plan.GB
         found.append(row)
     return tables.rows(found, percent=(), labels=2)
+
+
+def _hours(parts: list[plan.Plan], gpu: str) -> float:
+    """Of models, or of tasks: each is gathered, and from the second on every step is projected."""
+    if parts[0].protection is None:
+        return sum(part.hours(gpu) for part in parts)
+    first, *later = parts
+    hours = first.hours(gpu) + first.gathering_hours(gpu)
+    return hours + sum(part.protected_hours(gpu) for part in later)
+
+
+def _disk(p: plan.Plan, parts: int) -> int:
+    """Bytes of what a run leaves, and of Adam's averages while one model learns."""
+    each = 4 * p.learning + 2 * p.weights  # a state to go on from, and weights in halves
+    each += p.protection.basis_bytes if p.protection else 0
+    return parts * each + 8 * p.learning
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -263,7 +281,7 @@ class Experiment:
         whole = setting_of(self.paper, self.name)
         setting = only(whole, self.only)
         check_data(setting, self.root)
-        detector = self._detector(setting)
+        detector, device = self._detector(setting), meet().device
         data = [detector.folder(self.root, "train", categories=g) for g in setting.groups]
         of_recipe = partial(_share, detector, data, self.budget, self.training)
         identity = self._identity(detector, setting, data)
@@ -272,7 +290,7 @@ class Experiment:
         judge, start = _continual if self.paper == "one_for_more" else _apart, time.time()
         places = self.root, self.out, PROTOCOLS[self.paper], self.training
         found = judge(detector, setting, data, *places)
-        report = found.pop("report", None)
+        report = found.pop("report")
         facts = {
             "command": command,
             "categories": f"{sum(map(len, setting.groups))} of {sum(map(len, whole.groups))}",
@@ -280,18 +298,17 @@ class Experiment:
             "share of the recipe": share if self.training.get("steps") is None else "see steps",
             "steps": found.pop("steps"),
             "minutes since the last start": round((time.time() - start) / 60, 1),
-            "device": device_name(detector.device),
-            "precision": precision_on(detector.device, self.training.get("precision", "auto")),
+            "device": device_name(device),
+            "precision": precision_on(device, self.training.get("precision", "auto")),
             "published": setting.source or "no numbers are known to us",
             "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
         }
         text = _text(f"{self.paper}, {self.name}", setting, facts, found)
         if meet().is_main_process:
             write_text(json.dumps(facts | found, indent=1), self.out / "table.json")
-            if report is not None:  # as `evaluate --save` writes it, for `compare`
-                entries = {"commands": [command], "versions": versions(), "cost": found["cost"]}
-                entries |= {"report": tables.to_plain(report)}
-                write_text(json.dumps(entries, indent=1), self.out / "report.json")
+            entries = {"commands": [command], "versions": versions(), "cost": found["cost"]}
+            entries |= {"report": tables.to_plain(report)}  # as `evaluate --save`, for `compare`
+            write_text(json.dumps(entries, indent=1), self.out / "report.json")
             write_text(text + "\n", self.out / "table.md")
         return text
 
@@ -301,6 +318,8 @@ class Experiment:
                 raise ValueError(f"{given} is for {paper}, not for {self.paper}")
         if self.budget is not None:
             seconds_of(self.budget)
+            if processes()[0] > 1:
+                raise ValueError("a budget is measured by one process; several take --steps")
             if self.training.get("steps") is not None:
                 raise ValueError("give --budget or --steps, not both")
 
@@ -313,7 +332,8 @@ class Experiment:
         if self.imagenet is not None:
             from diffad_ref.tools.official_deco_diff import start_from_imagenet  # slow to import
 
-            start_from_imagenet(detector, self.imagenet)
+            kept = ", ".join(start_from_imagenet(detector, self.imagenet)) or "nothing"
+            print(f"not in {self.imagenet}, or of another shape: {kept}", file=sys.stderr)
         return detector
 
     def _identity(self, detector: Detector, setting: Setting, data: list) -> dict:
@@ -324,7 +344,11 @@ class Experiment:
             **{"groups": setting.groups, "budget": self.budget, "training": training},
             "config": asdict(detector.config),
             "data": [d.fingerprint() for d in data],
-            "imagenet": self.imagenet and str(self.imagenet),
+            "test": [
+                detector.folder(self.root, "test", categories=g).fingerprint()
+                for g in setting.groups
+            ],
+            "imagenet": self.imagenet and [self.imagenet.name, self.imagenet.stat().st_size],
             **detector.identity(),
         }
 
@@ -342,14 +366,17 @@ def shortened(stage: da.Stage, share: float) -> da.Stage:
 def _claim(path: Path, identity: dict, share) -> float:
     """Write down what a folder's run is, with the share of its recipe; or refuse another's."""
     identity = json.loads(json.dumps(identity))  # as it looks after a round trip
-    if path.exists():
+    there = path.exists()
+    meet().wait_for_everyone()  # before one of them writes it
+    if there:
         before = json.loads(path.read_text("utf-8"))
         if different := differences(before["identity"], identity):
             found = f"{path.parent} holds another run (different {', '.join(different)})"
             raise ValueError(f"{found}; choose another folder, or delete it to start anew")
         return before["share"]
     found = share()
-    write_text(json.dumps({"identity": identity, "share": found}, indent=1), path)
+    if meet().is_main_process:
+        write_text(json.dumps({"identity": identity, "share": found}, indent=1), path)
     return found
 
 
@@ -358,8 +385,8 @@ def _share(detector: Detector, data: list, budget: str | None, training: dict) -
     if budget is None:
         return 1.0
     wanted = seconds_of(budget)
-    settings = {k: training.get(k) for k in ("batch_size", "accumulate")}
-    settings = {k: value for k, value in settings.items() if value is not None}
+    settings = {k: training.get(k) for k in ("batch_size", "accumulate", "checkpointing")}
+    settings = {k: value for k, value in settings.items() if value}
     lengths = [plan_stages(detector.stages, len(d), **settings) for d in data]
     detector.to(meet().device).prepare(data[0])
     timed = partial(_seconds_a_step, detector, data[0], training.get("precision", "auto"))
@@ -384,67 +411,78 @@ def _seconds_a_step(detector: Detector, data, precision: str, stage: da.Stage) -
     """What a step of a stage takes, once the first ones are made."""
     few = (5, 25) if detector.device.type == "cuda" else (1, 4)
     seconds = []
-    for steps in few:
+    for steps in (1, *few):  # the first reads the images
         trial = deepcopy(detector)
         trial.stages, start = (stage,), time.perf_counter()
         da.fit(trial, data, steps, precision=precision, progress=False)
         seconds.append(time.perf_counter() - start)
-    return max(1e-4, (seconds[1] - seconds[0]) / (few[1] - few[0]))
+    return max(1e-4, (seconds[2] - seconds[1]) / (few[1] - few[0]))
 
 
 def _apart(detector, setting, data, root, out, protocol, training) -> dict:
     """Models that are trained apart, each judged on its own categories."""
-    ways, found = {"here": None, "protocol": protocol}, []
+    found = []
     for group, train in zip(setting.groups, data, strict=True):
         folder = out / ("all" if len(group) > 1 else group[0])
-        path = folder / "result.json"
-        if not path.exists():
-            start, model = time.time(), deepcopy(detector)
-            history = da.fit(model, train, out=folder, **training)
-            result = {"steps": len(history.rows), "seconds": time.time() - start}
-            result["megabytes"] = megabytes(model)
-            test = model.folder(root, "test", categories=list(group))
-            for way, rule in ways.items():
-                report = da.evaluate(model, test, protocol=rule)
-                result[way] = tables.to_plain(report)
-            record = {"steps": result["steps"], "data": {"categories": list(group)}}
-            da.save(model, folder / "weights", record, half=True)
-            write_text(json.dumps(result), path)
-        found.append(json.loads(path.read_text("utf-8")))
-    reports = {way: tables.joined([tables.from_plain(r[way]) for r in found]) for way in ways}
-    rows = reports["here"].table.drop(index="mean").reset_index().to_dict("records")
-    cost = {"training seconds": sum(r["seconds"] for r in found)}
-    cost["megabytes"] = sum(r["megabytes"] for r in found)
-    return {
-        "steps": sum(r["steps"] for r in found),
-        "report": reports["here"],
-        "cost": cost,
-        "categories here": rows,
-        "mean": {way: {m: report.mean[m] for m in METRICS} for way, report in reports.items()},
+        there = (folder / "result.json").exists()
+        meet().wait_for_everyone()  # before one of them writes it
+        if not there:
+            _one_model(deepcopy(detector), group, train, root, folder, protocol, training)
+            meet().wait_for_everyone()
+        found.append(json.loads((folder / "result.json").read_text("utf-8")))
+    reports = {
+        way: tables.joined([tables.from_plain(r[way]) for r in found])
+        for way in ("here", "protocol")
     }
+    seconds = [r["training seconds"] for r in found]
+    cost = {"training seconds": None if None in seconds else sum(seconds)}
+    cost["megabytes"] = sum(r["megabytes"] for r in found)
+    steps = sum(r["steps"] for r in found)
+    return _found(reports["here"], reports["protocol"].mean, cost, steps)
+
+
+def _one_model(model, group, train, root, folder, protocol, training) -> None:
+    """Train it and judge it; weights and results come to a folder."""
+    resumed, start = (folder / STATE).exists(), time.time()
+    history = da.fit(model, train, out=folder, **training)
+    result = {"steps": len(history.rows), "megabytes": megabytes(model)}
+    result["training seconds"] = None if resumed else time.time() - start  # of the whole run
+    test = model.folder(root, "test", categories=list(group))
+    for way, rule in {"here": None, "protocol": protocol}.items():
+        result[way] = tables.to_plain(da.evaluate(model, test, protocol=rule))
+    if meet().is_main_process:
+        record = {"steps": result["steps"], "data": {"categories": list(group)}}
+        da.save(model, folder / "weights", record, half=True)
+        write_text(json.dumps(result), folder / "result.json")
 
 
 def _continual(detector, setting, data, root, out, protocol, training) -> dict:
     """One model that learns task after task: means after the last, and what was forgotten."""
+    resumed, start = (out / "task_1").exists(), time.time()
     result = da.fit_continual(detector, root, setting.groups, out, **training)
+    cost = {"training seconds": None if resumed else time.time() - start}  # judging included
+    cost["megabytes"] = megabytes(detector)
     test = detector.folder(root, "test", categories=list(detector.categories))
+    report = da.evaluate(detector, test)
     judged = da.evaluate(detector, test, protocol=protocol).mean
-    rows = [row for row in result.rows if row["task"] == len(setting.groups) - 1]
-    here = {m: _mean([row[m] for row in rows]) for m in METRICS}
-    found = {"here": here, "protocol": {m: judged[m] for m in METRICS}}
     tasks = [read_description(out / f"task_{k + 1}" / "weights") for k in range(len(data))]
+    found = _found(report, judged, cost, sum(task["record"]["steps"] for task in tasks))
     several = len(setting.groups) > 1
+    return found | {"forgetting": {m: result.forgetting(m) for m in METRICS} if several else {}}
+
+
+def _found(report: da.Report, judged: dict, cost: dict, steps: int) -> dict:
+    """What both kinds of runs tell, in types that JSON knows; the report as it is."""
+    rows = tables.to_plain(report)["table"]
+    means = {"here": report.mean, "protocol": judged}
     return {
-        "steps": sum(task["record"]["steps"] for task in tasks),
-        "categories here": [{m: row[m] for m in ("category", *METRICS)} for row in rows],
-        "mean": found,
-        "forgetting": {m: result.forgetting(m) for m in METRICS} if several else {},
+        **{"report": report, "cost": cost, "steps": steps},
+        "categories here": [row for row in rows if row["category"] != "mean"],
+        "mean": {
+            way: {m: None if mean[m] != mean[m] else mean[m] for m in METRICS}
+            for way, mean in means.items()
+        },
     }
-
-
-def _mean(values: list) -> float | None:
-    known = [value for value in values if value is not None and value == value]
-    return sum(known) / len(known) if known else None
 
 
 def _text(title: str, setting: Setting, facts: dict, found: dict) -> str:
