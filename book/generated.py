@@ -106,6 +106,9 @@ def result_tables(records: Path, names: dict[str, str]) -> str:
         table.frame["s to train"] = [cost.get("training seconds") for cost in costs]
         table.frame["MB"] = [cost.get("megabytes") for cost in costs]
         parts += [f"### {title}\n", f"{table}\n"]
+        limits = [{"method": n} | _limits(found[n]) for n in order if "intervals" in found[n]]
+        if limits:
+            parts.append(f"With 95 % confidence intervals:\n\n{markdown_table(limits)}")
         for metric in ("image_auroc", "pixel_ap"):
             kinds = tables.compare_kinds(reports, metric)
             shown = kinds if several else turned(kinds)
@@ -139,14 +142,18 @@ def interval_table(records: Path) -> str:
     rows, commands = [], []
     for path in sorted(records.glob("*.json")):
         record = json.loads(path.read_text())
-        mean = tables.from_plain(record["report"]).mean
-        row = {"Variant": path.stem.partition("-")[2].replace("_", " ")}
-        for metric in ("image_auroc", "pixel_auroc", "pixel_ap"):
-            low, high = (100 * value for value in record["intervals"][metric])
-            row[tables.HEADERS[metric]] = f"{100 * mean[metric]:.1f} ({low:.1f}–{high:.1f})"
-        rows.append(row)
+        rows.append({"Variant": path.stem.partition("-")[2].replace("_", " ")} | _limits(record))
         commands += record["commands"]
     return f"{markdown_table(rows)}\n{made_by(commands)}"
+
+
+def _limits(record: dict) -> dict[str, str]:
+    """Means with their confidence intervals, in per cent."""
+    mean, row = tables.from_plain(record["report"]).mean, {}
+    for metric in ("image_auroc", "pixel_auroc", "pixel_ap"):
+        low, high = (100 * value for value in record["intervals"][metric])
+        row[tables.HEADERS[metric]] = f"{100 * mean[metric]:.1f} ({low:.1f}–{high:.1f})"
+    return row
 
 
 def continual_table(description: Path) -> str:

@@ -48,7 +48,7 @@ HTML = ROOT / "_build" / "html"
 
 DATA_SETS = {  # folders of book/records and their titles
     "toy": "Toy factory, 64 pixels, one model for six categories",
-    "mvtec": "MVTec AD, two of fifteen categories, 256 pixels",
+    "mvtec": "MVTec AD, two of fifteen categories, 256 pixels unless said otherwise",
     "tile": "Magnetic tiles, a sample of real photographs, 128 pixels unless said otherwise",
 }
 
