@@ -171,6 +171,14 @@ def continual_runs(records: Path) -> str:
     return f"{tables.summarise(runs)}\n\n{commands}"
 
 
+def mean_table(records: Path) -> str:
+    """Variants of one method by two metrics, from what `evaluate --save` wrote."""
+    found = {p.stem.replace("_", " "): json.loads(p.read_text()) for p in records.glob("*.json")}
+    reports = {name: tables.from_plain(found[name]["report"]) for name in sorted(found)}
+    commands = made_by(line for name in sorted(found) for line in found[name]["commands"])
+    return f"{tables.compare(reports, ('image_auroc', 'pixel_ap'))}\n\n{commands}"
+
+
 def plan_tables() -> str:
     """What the papers' sizes cost: weights and arithmetic, memory, hours, protection."""
     plans = plan.paper_plans()

@@ -29,8 +29,10 @@ from check_pages import problems
 from diffad_ref.tools.reproduce import plan_table
 from generated import (
     card_tables,
+    continual_runs,
     continual_table,
     interval_table,
+    mean_table,
     notebook_table,
     plan_tables,
     result_tables,
@@ -136,6 +138,10 @@ def stage(notebooks: list[Path]) -> None:
     (generated / "deco_diff_ablations.md").write_text(ablations)
     continual = ROOT / "diffad_ref" / "weights" / "one_for_more_toy_3.json"
     (generated / "continual.md").write_text(continual_table(continual))
+    for name in ("mvtec_continual", "toy_continual"):
+        (generated / f"{name}.md").write_text(continual_runs(ROOT / "book" / "records" / name))
+    for name in ("mvtec_features", "toy_features"):
+        (generated / f"{name}.md").write_text(mean_table(ROOT / "book" / "records" / name))
     (generated / "plan.md").write_text(plan_tables())
     (generated / "reproduce.md").write_text(f"{plan_table()}\n")
     mvtec = Path(os.environ.get("DIFFAD_MVTEC", ROOT / "data" / "mvtec_ad"))

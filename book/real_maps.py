@@ -49,29 +49,30 @@ def map_pictures(root: Path, runs: Path, path: Path) -> str:
     fig.savefig(path, dpi=110)
     plt.close(fig)
     words = "Maps of a good image, of the defect that *nearest* finds easiest, and of the hardest"
-    words += "; each method has one scale for all"
+    words += "; each method has one scale a category"
     alt = words.replace("*", "")
     return f"```{{figure}} _generated/{path.name}\n:alt: {alt}.\n\n{words}. {SOURCE}\n```\n"
 
 
 def _rows(root: Path, runs: Path, category: str) -> list[dict]:
     """A good, an easy and a hard image of a category, with the map of each method in [0, 1]."""
-    maps, scores = {}, {}
-    for name, (judge, test) in _judges(root, runs, category).items():
-        report = da.evaluate(judge, test, progress=False)
-        top = float(torch.quantile(report.maps[:, ::4, ::4].flatten(1).amax(1), 0.9))
-        maps[name] = (report.maps / max(top, 1e-12)).clamp(0, 1)
-        scores[name] = report.images
-    images = scores["nearest"]
+    judges = _judges(root, runs, category)
+    images = da.evaluate(*judges["nearest"], progress=False).images
     bad = np.flatnonzero(images["label"])
     order = bad[np.argsort(images["score"].to_numpy()[bad])]
     chosen = {"good": np.flatnonzero(images["label"] == 0)[0], "easy": order[-1], "hard": order[0]}
     shown = da.AnomalyFolder(root, "test", 128, [category])
-    found = []
-    for word, i in chosen.items():
-        row = {"what": f"{category}, {word}", "image": shown[i]["image"].permute(1, 2, 0)}
-        found.append(row | {name: values[i] for name, values in maps.items()})
-    return found
+    rows = [
+        {"what": f"{category}, {word}", "image": shown[i]["image"].permute(1, 2, 0)}
+        for word, i in chosen.items()
+    ]
+    for name, (judge, test) in judges.items():
+        x = torch.stack([test[i]["image"] for i in chosen.values()])
+        index = torch.full((len(x),), list(judge.categories).index(category))
+        maps = judge.predict(x, index).anomaly_map
+        for row, one in zip(rows, maps / maps.max().clamp(min=1e-12), strict=True):
+            row[name] = one
+    return rows
 
 
 def _judges(root: Path, runs: Path, category: str) -> dict:

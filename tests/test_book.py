@@ -15,9 +15,11 @@ from diffad_ref.metrics import METRICS
 from diffad_ref.tools import plan
 from generated import (
     card_tables,
+    continual_runs,
     continual_table,
     headline,
     interval_table,
+    mean_table,
     notebook_table,
     plan_tables,
     result_tables,
@@ -404,3 +406,17 @@ def test_what_a_card_took_is_shown_from_its_record():
     assert "| DiffusionAD" in text and "too large" in text and "72 GiB" in text
     assert "commit c50c077" in text and "0.44 s, 48 GiB" in text and "bf16 at 6499745" in text
     assert "compiled beside a training" in text
+
+
+def test_runs_and_variants_stand_in_tables_with_their_commands(tmp_path):
+    rows = [{"task": 0, "category": "gear", "image_auroc": 0.5, "pixel_ap": 0.25, "loss": 1.0}]
+    run = {"tasks": [["gear"]], "rows": rows, "taken": [{}]}
+    (tmp_path / "runs").mkdir()
+    for name in ("2-second_one", "1-first"):
+        record = {"commands": [f"continual {name}"], "continual": run}
+        (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(record))
+    text = continual_runs(tmp_path / "runs")
+    assert text.index("| first") < text.index("| second one") < text.index("continual 1-first")
+    save_record(tmp_path / "means" / "a_b.json", {"gear": 0.5}, commands=["evaluate"])
+    text = re.sub(" +", " ", mean_table(tmp_path / "means"))
+    assert "| a b | 50.0 | 50.0 |" in text and "evaluate\n```" in text

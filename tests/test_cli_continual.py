@@ -395,3 +395,13 @@ def test_weights_may_be_judged_with_the_features_of_another_network(root, run, t
         table[name] = json.loads(path.read_text())["report"]["images"]
     scores = [[row["score"] for row in rows] for rows in table.values()]
     assert scores[0] != scores[1]
+
+
+def test_patch_features_may_be_learned_anew_from_the_good_images(root, tmp_path):
+    config = {"width": 8, "norm_groups": 4, "start": None, "features": "tf_efficientnet_lite0"}
+    detector = OneForMore.tiny(image_size=64, **config)
+    data = detector.folder(root, "train", categories=["gear"])
+    diffad_ref.fit(detector, data, 1, 2, progress=False, device="cpu")
+    diffad_ref.save(detector, tmp_path / "weights")
+    call = ["evaluate", str(tmp_path / "weights"), str(root), "--categories", "gear"]
+    assert main([*call, "--set", 'features="patches"']) == 0

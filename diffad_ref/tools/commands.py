@@ -37,7 +37,7 @@ from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
 from diffad_ref.tools.records import add_to_record, megabytes, versions
 from diffad_ref.tools.sheet import write_sheet
-from diffad_ref.training import borrow, meet
+from diffad_ref.training import meet
 
 BASELINES = {"template": baselines.Template, "PCA": baselines.PCA}
 BASELINES["nearest"] = baselines.NearestFeatures
@@ -248,7 +248,9 @@ class Evaluate(Command):
         if self.set:
             other = type(detector)(options.changed(detector.config, self.set))
             other.categories = detector.categories
-            load_weights(other, _state_for(other, detector), f"{self.weights} with --set")
+            root = options.root_of(self.data, other.config.image_size)
+            state = _state_for(other, detector, root)
+            load_weights(other, state, f"{self.weights} with --set")
             detector = other.eval()
         detector.to(meet().device)
         root = options.root_of(self.data, detector.config.image_size)
@@ -412,14 +414,19 @@ class Predict(Command):
         return torch.cat(maps).float(), scores
 
 
-def _state_for(other: da.Detector, detector: da.Detector) -> dict:
-    """A detector's state for another, whose features may be those of another network."""
-    state, name = detector.state_dict(), "features"
+def _state_for(other: da.Detector, detector: da.Detector, root: Path) -> dict:
+    """A detector's state for another, with other features: loaded, or learned from good images."""
+    name, state = "features", detector.state_dict()
     if getattr(other.config, name, None) == getattr(detector.config, name, None):
         return state
-    loaded = borrow(other)
-    parts = {name.split(".")[0] for name in loaded}
-    return {name: v for name, v in state.items() if name.split(".")[0] not in parts} | loaded
+    images, view = None, other.view("test")
+    if other.config.features == "patches":
+        good = other.folder(root, "train", categories=list(detector.categories), **view)
+        some = range(0, len(good), max(1, len(good) // 1000))
+        images = torch.stack([good[i]["image"] for i in some])
+    other.extractor.prepare(images)
+    kept = {k: v for k, v in state.items() if not k.startswith("extractor.")}
+    return kept | {f"extractor.{k}": v for k, v in other.extractor.state_dict().items()}
 
 
 def _rows(table: tables.Shown) -> list[dict]:
