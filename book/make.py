@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from check_pages import problems
-from diffad_ref.tools.reproduce import plan_table
+from diffad_ref.tools.settings import plan_table
 from generated import (
     card_tables,
     continual_runs,

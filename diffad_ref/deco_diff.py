@@ -122,7 +122,7 @@ class Config:
 
     @classmethod
     def small(cls, image_size: int = 128, **changes) -> "Config":
-        """A quarter of an hour on a GPU: latents of 4 x 4 patches, 11.2 M parameters."""
+        """Meant for a GPU and little time: latents of 4 x 4 patches, 11.2 M parameters."""
         rate = {"corrector": Rate(4e-4, "cosine", warmup=100)}
         network = {"width": 64, "multipliers": (1, 2, 3), "blocks": 1, "heads": 4, "context": 128}
         small = replace(

@@ -140,7 +140,7 @@ class Detector(nn.Module, ABC):
 
     @classmethod
     def small(cls, **changes) -> Detector:
-        """The size for a quarter of an hour on a GPU; arguments are those of `Config.small`."""
+        """The size for a GPU and little time; arguments are those of `Config.small`."""
         return cls(cls.Config.small(**changes))
 
     @classmethod

@@ -93,7 +93,7 @@ class Config:
 
     @classmethod
     def small(cls, image_size: int = 128, **changes) -> "Config":
-        """A quarter of an hour on a GPU: 10.5 M parameters, denoising packed 2 x 2 pixels."""
+        """Meant for a GPU and little time: 10.5 M parameters, denoising packed 2 x 2 pixels."""
         tiny = cls.tiny(image_size)
         small = replace(
             tiny,

@@ -109,7 +109,7 @@ class Config:
 
     @classmethod
     def small(cls, image_size: int = 128, **changes) -> "Config":
-        """A quarter of an hour on a GPU: 3.3 M parameters, and features that know ImageNet."""
+        """Meant for a GPU and little time: 3.3 M parameters, and features that know ImageNet."""
         parts = dict.fromkeys(("unet", "condition"), Rate(1e-3, "cosine", warmup=50))
         small = replace(
             cls.tiny(image_size),

@@ -201,15 +201,11 @@ def restore(detector: Detector, out: str | os.PathLike) -> dict[str, Tensor]:
     Parts that come from elsewhere and never learn are in no checkpoint; they are loaded again.
     """
     tensors = read_tensors(path := Path(out) / STATE)
-    load_weights(detector, _under("model.", tensors) | borrow(detector), path)
-    return tensors
-
-
-def borrow(detector: Detector) -> dict[str, Tensor]:
-    """The state of a detector's parts that come from elsewhere and never learn, once loaded."""
     for name in (names := _borrowed(detector)):
         getattr(detector, name).prepare(None)
-    return {k: v for k, v in detector.state_dict().items() if k.split(".")[0] in names}
+    kept = {k: v for k, v in detector.state_dict().items() if k.split(".")[0] in names}
+    load_weights(detector, kept | _under("model.", tensors), path)
+    return tensors
 
 
 def _borrowed(detector: Detector) -> list[str]:

@@ -1,7 +1,9 @@
 """Recipes as the papers and their released code have them: lengths, starts, images, anomalies."""
 
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,11 @@ from diffad_ref.detector import Rate, Stage
 from diffad_ref.networks import LatentUNet, adm_unet
 from diffad_ref.one_for_more import Pasting, paste
 from diffad_ref.training import plan_stages
+
+SAMPLE = Path(__file__).parents[2] / "shared/data/mvtec_ad_sample"
+SAMPLE = Path(os.environ.get("DIFFAD_MVTEC", SAMPLE))
+PAGE = Path(__file__).parents[1] / "book" / "paper_code_here.md"
+real = pytest.mark.skipif(not SAMPLE.is_dir(), reason="no MVTec AD; DIFFAD_MVTEC names its folder")
 
 
 def seeded(seed=0):
@@ -183,6 +190,64 @@ def test_a_paper_recipe_without_textures_says_where_they_come_from(mvtec_root):
     assert not da.DiffusionAD.Config.paper().built_in_textures
     with pytest.raises(ValueError, match=r"data_scripts/dtd.py.*--textures"):
         da.fit(detector, data, 1, progress=False)
+
+
+def test_a_grey_product_gets_no_coloured_source_from_itself(monkeypatch):
+    settings = anomalies.Synthesis(p_normal=0.0, p_self=1.0, beta=(0.0, 0.0))
+    grey = torch.rand(32, 1, 64, 64, generator=seeded()).expand(-1, 3, -1, -1)
+    bank, is_texture = anomalies.texture_bank(size=64), torch.zeros(32, dtype=torch.bool)
+    found, _, _ = anomalies.synthesize(grey, is_texture, bank, settings, seeded(1))
+    assert (found.amax(1) - found.amin(1)).max() < 1e-6
+
+
+# --------------------------------------------------------------------------- effects on real images
+
+
+@real
+@pytest.mark.slow
+def test_filters_differ_by_what_the_page_says():
+    parts = {
+        name: da.AnomalyFolder(SAMPLE, "train", 128, resample=name, cache=False) for name in FILTERS
+    }
+    some = range(0, len(parts["linear"]), 6)
+    images = {n: torch.stack([data[i]["image"] for i in some]) for n, data in parts.items()}
+    for name in ("linear", "bicubic"):
+        gap = 255 * (images[name] - images["antialiased"]).abs().mean().item()
+        assert f"differ by {gap:.1f} of 255 levels" in " ".join(PAGE.read_text().split())
+
+
+@real
+@pytest.mark.slow
+def test_augmentation_changes_as_many_labelled_pixels_as_the_page_says():
+    data = da.AnomalyFolder(SAMPLE, "train", 256, foreground=anomalies.estimate_foreground)
+    batch = [data[i] for i in range(0, len(data), 6)]
+    x, ground = (torch.stack([sample[n] for sample in batch]) for n in ("image", "foreground"))
+    objects, bank = torch.zeros(len(x), dtype=torch.bool), anomalies.texture_bank()
+    for count in (0, 3):
+        settings, shares = anomalies.Synthesis(0.0, p_self=1.0, n_augmentations=count), []
+        for seed in range(4):
+            found, mask, _ = anomalies.synthesize(x, objects, bank, settings, seeded(seed), ground)
+            same = 255 * (found - x).abs().amax(1, keepdim=True) <= 2
+            shares.append((same & (mask > 0)).sum() / (mask > 0).sum())
+        assert f"{100 * torch.stack(shares).mean():.1f} %" in PAGE.read_text()
+
+
+# ------------------------------------------------------------------------------ the small profiles
+
+
+@pytest.mark.parametrize("method", [da.DiffusionAD, da.DecoDiff, da.OneForMore])
+def test_small_profiles_keep_their_weights_small_and_learn(method, mvtec_root):
+    whole = method.small()
+    learning = [p for group in whole.parameter_groups() for p in group["params"]]
+    assert sum(p.numel() for p in learning) <= 12e6
+    torch.manual_seed(0)
+    detector = method.small(image_size=64)
+    data = detector.folder(mvtec_root, "train", categories=["bottle"])
+    stages = len(detector.stages)
+    history = da.fit(detector, data, stages, 2, progress=False, device="cpu")
+    assert len(history.rows) >= stages - 1
+    found = detector.predict(torch.rand(1, 3, 64, 64), torch.tensor([0]))
+    assert found.anomaly_map.shape == (1, 64, 64) and found.score.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------- resumption

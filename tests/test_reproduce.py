@@ -10,9 +10,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import mvtec_ad
 import numpy as np
 import pytest
 import torch
+import visa
 from PIL import Image
 
 import diffad_ref as da
@@ -20,8 +22,16 @@ from diffad_ref.__main__ import main
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.evaluation import evaluate
 from diffad_ref.tools import plan, reproduce
-from diffad_ref.tools.protocols import MVTEC, ORDERS, PROTOCOLS, VISA
-from diffad_ref.tools.reproduce import IMAGES, SETTINGS, images_of, only, recipe, setting_of
+from diffad_ref.tools.protocols import MVTEC, ORDERS, PROTOCOLS, VISA, pro_curve_deco_diff
+from diffad_ref.tools.settings import (
+    IMAGES,
+    SETTINGS,
+    images_of,
+    only,
+    plan_table,
+    recipe,
+    setting_of,
+)
 from diffad_ref.training import plan_stages
 
 SAMPLE = Path(__file__).parents[2] / "shared/data/mvtec_ad_sample"
@@ -34,9 +44,10 @@ TINY += ("--set", "norm_groups=4")
 # --------------------------------------------------------------------------------------- settings
 
 
-def test_the_data_sets_have_the_stated_numbers_of_training_images():
-    assert sum(IMAGES[name] for name in MVTEC) == 3629 and len(MVTEC) == 15
-    assert sum(IMAGES[name] for name in VISA) == 8659 and len(VISA) == 12
+def test_the_data_sets_have_the_numbers_of_training_images_that_their_scripts_check():
+    stated = {name: train for name, (train, _) in (mvtec_ad.NUMBERS | visa.NUMBERS).items()}
+    assert IMAGES == stated and len(MVTEC) == 15 and len(VISA) == 12
+    assert sum(IMAGES[name] for name in MVTEC) == 3629
 
 
 def test_every_order_of_one_for_more_is_a_setting_and_diffusion_ad_has_a_model_a_category():
@@ -81,6 +92,14 @@ def test_visa_has_variants_of_its_own():
     assert images_of(SETTINGS["one_for_more", "visa 11-1"]) == [2200, 200]
 
 
+def test_of_each_category_of_visa_so_many_images_are_learned_from(mvtec_root, monkeypatch):
+    few = replace(SETTINGS["one_for_more", "visa 8-4"], most=2)
+    detector = recipe("one_for_more", few, "tiny")
+    train, test = (detector.folder(mvtec_root, split) for split in ("train", "test"))
+    assert [sample.path.name for sample in train.samples] == ["000.png", "001.png"] * 2
+    assert len(test) == len(da.AnomalyFolder(mvtec_root, "test"))
+
+
 def test_a_part_keeps_the_order_of_the_setting_and_its_tasks():
     tasks = only(setting_of("one_for_more", "mvtec 10-5"), ["wood", "cable", "bottle"])
     assert tasks.groups == (("bottle", "cable"), ("wood",))
@@ -95,7 +114,7 @@ def test_the_plan_adds_up_what_each_model_takes(monkeypatch):
     hand = plan.Plan("DiffusionAD", 10**9, 10**9, 10**12, 10**11, {}, 1, 1, 8, cost)
     bare = replace(hand, protection=None)
     monkeypatch.setattr(plan, "recipe_plans", lambda: (bare, bare, replace(hand)))
-    frame = reproduce.plan_table().frame
+    frame = plan_table().frame
     assert len(frame) == len(SETTINGS)
     ad = frame.loc["diffusion_ad", "mvtec"]
     expected = sum(3000 * (IMAGES[name] // 16) for name in MVTEC)
@@ -112,7 +131,7 @@ def test_the_plan_adds_up_what_each_model_takes(monkeypatch):
     )
     hours = first.hours("T4") + first.gathering_hours("T4") + later.protected_hours("T4")
     assert one["T4, h"] == pytest.approx(hours)
-    part = reproduce.plan_table([("diffusion_ad", "mvtec")], ["bottle"]).frame
+    part = plan_table([("diffusion_ad", "mvtec")], ["bottle"]).frame
     assert part["steps"].tolist() == [39_000]
     assert frame.loc["diffusion_ad", "dagm"].isna()["steps"]  # its numbers are not stated
 
@@ -240,6 +259,19 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def test_an_imagenet_start_says_what_it_did_not_find(root, tmp_path, monkeypatch, capsys):
+    from diffad_ref.tools import official_deco_diff
+
+    monkeypatch.setattr(official_deco_diff, "start_from_imagenet", lambda *_: ["embedding.weight"])
+    checkpoint = tmp_path / "imagenet.ckpt"
+    checkpoint.write_bytes(b"1234")
+    more = (*TINY, "--set", "context=8", "--set", "heads=1", "--imagenet", checkpoint)
+    assert main(words("deco_diff", "mvtec", root, tmp_path / "run", *more)) == 0
+    assert "or of another shape: embedding.weight" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "run" / "reproduce.json").read_text())["identity"]
+    assert kept["imagenet"] == ["imagenet.ckpt", 4]
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -347,6 +379,20 @@ def test_deco_diffs_protocol_takes_an_image_whose_defect_is_cropped_away_for_nor
         Image.fromarray(mask).save(path)
     report = evaluate(Grey(), near, progress=False, protocol=PROTOCOLS["deco_diff"])
     assert report.table.loc["bottle", ["n_good", "n_defective"]].tolist() == [5, 1]
+
+
+def test_labels_are_not_read_from_masks_that_are_not_there(mvtec_root):
+    next(mvtec_root.glob("*/ground_truth/*/*.png")).unlink()
+    data = AnomalyFolder(mvtec_root, "test", 40)
+    with pytest.raises(ValueError, match="deco_diff reads labels from masks"):
+        evaluate(Grey(), data, progress=False, protocol=PROTOCOLS["deco_diff"])
+
+
+def test_a_map_without_false_positives_has_a_curve_all_the_same():
+    maps = np.zeros((1, 8, 8))
+    maps[0, 2:5, 2:5] = 1
+    fpr, pro = pro_curve_deco_diff(maps, maps.astype(int))
+    assert not fpr.any() and (pro == 1).all()
 
 
 # ---------------------------------------------------------------------------------- the real thing

@@ -24,11 +24,11 @@ from tyro.conf import Positional, arg, create_mutex_group
 
 import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
-from diffad_ref.checkpoints import load_weights, read_description, write_text
+from diffad_ref.checkpoints import read_description, write_text
 from diffad_ref.continual import GAMMA, PROTECTIONS, check_tasks
 from diffad_ref.detector import PRECISIONS, precision_on
 from diffad_ref.diffusion import seeded
-from diffad_ref.tools import baselines, options, plan, reproduce, tables
+from diffad_ref.tools import baselines, options, plan, reproduce, settings, tables
 from diffad_ref.tools.intervals import intervals
 from diffad_ref.tools.latents import CachedLatents
 from diffad_ref.tools.memory import peak_memory
@@ -245,15 +245,10 @@ class Evaluate(Command):
         if self.record and self.set:
             raise ValueError("--record is for the weights as they are: with --set use --save")
         detector = da.load(self.weights)
-        if self.set:
-            other = type(detector)(options.changed(detector.config, self.set))
-            other.categories = detector.categories
-            root = options.root_of(self.data, other.config.image_size)
-            state = _state_for(other, detector, root)
-            load_weights(other, state, f"{self.weights} with --set")
-            detector = other.eval()
-        detector.to(meet().device)
         root = options.root_of(self.data, detector.config.image_size)
+        if self.set:
+            detector = options.with_settings(detector, self.set, root)
+        detector.to(meet().device)
         record = read_description(self.weights).get("record") or {}
         commands = [record["command"]] if "command" in record else []
         return detector, detector.folder(root, "test", categories=self.categories), commands
@@ -314,7 +309,7 @@ class Plan(Command):
 class Reproduce(Command):
     """Train and judge what a paper did, beside its published numbers; goes on where it stopped."""
 
-    paper: Annotated[Literal[tuple(reproduce.PAPERS)] | None, Positional] = None
+    paper: Annotated[Literal[tuple(settings.PAPERS)] | None, Positional] = None
     setting: Annotated[str | None, Positional] = None  # mvtec, visa, "mvtec 10-5", ...
     data: Path | None = None  # folder of the data set, in the MVTec layout
     out: Path | None = None  # folder for checkpoints and table; by default under runs/
@@ -330,16 +325,16 @@ class Reproduce(Command):
 
     def run(self, command: str) -> None:
         if self.paper and self.setting:
-            reproduce.setting_of(self.paper, self.setting)  # or say which there are
+            settings.setting_of(self.paper, self.setting)  # or say which there are
         if self.plan:
             if self.budget or self.set or self.profile != "paper":
                 raise ValueError("--plan counts the paper's recipe: besides it there is --only")
             wanted = [
                 key
-                for key in reproduce.SETTINGS
+                for key in settings.SETTINGS
                 if self.paper in (None, key[0]) and self.setting in (None, key[1])
             ]
-            print(reproduce.plan_table(wanted, self.only))
+            print(settings.plan_table(wanted, self.only))
             return
         if None in (self.paper, self.setting, self.data):
             raise ValueError("say what: reproduce PAPER SETTING --data FOLDER, or --plan")
@@ -412,21 +407,6 @@ class Predict(Command):
             maps.append(prediction.anomaly_map.half().cpu())
             scores += prediction.score.tolist()
         return torch.cat(maps).float(), scores
-
-
-def _state_for(other: da.Detector, detector: da.Detector, root: Path) -> dict:
-    """A detector's state for another, with other features: loaded, or learned from good images."""
-    name, state = "features", detector.state_dict()
-    if getattr(other.config, name, None) == getattr(detector.config, name, None):
-        return state
-    images, view = None, other.view("test")
-    if other.config.features == "patches":
-        good = other.folder(root, "train", categories=list(detector.categories), **view)
-        some = range(0, len(good), max(1, len(good) // 1000))
-        images = torch.stack([good[i]["image"] for i in some])
-    other.extractor.prepare(images)
-    kept = {k: v for k, v in state.items() if not k.startswith("extractor.")}
-    return kept | {f"extractor.{k}": v for k, v in other.extractor.state_dict().items()}
 
 
 def _rows(table: tables.Shown) -> list[dict]:

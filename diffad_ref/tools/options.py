@@ -12,7 +12,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 import diffad_ref as da
-from diffad_ref.checkpoints import config_of
+from diffad_ref.checkpoints import config_of, load_weights
 from diffad_ref.detector import PRECISIONS
 
 METHODS = {kind.__name__: kind for kind in (da.DecoDiff, da.DiffusionAD, da.OneForMore)}
@@ -41,7 +41,7 @@ class Model:
     """What is trained."""
 
     method: Literal[tuple(METHODS)] = "DiffusionAD"  # which paper
-    # for two CPU cores, a quarter of an hour on a GPU, or the published size
+    # for two CPU cores, for a GPU and little time, or the published size
     profile: Literal["tiny", "small", "paper"] = "tiny"
     image_size: Count | None = None  # pixels, instead of the profile's
     set: Settings = ()
@@ -86,6 +86,23 @@ def changed(config, settings: tuple[str, ...]):
         return config_of(type(config), plain)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"--set {' '.join(settings)}: {error}") from error
+
+
+def with_settings(detector: da.Detector, settings: tuple[str, ...], root: Path) -> da.Detector:
+    """A trained detector with other settings; other features are loaded, or learn from `root`."""
+    other = type(detector)(changed(detector.config, settings))
+    other.categories, state = detector.categories, detector.state_dict()
+    if isinstance(other, da.OneForMore) and other.config.features != detector.config.features:
+        images = None
+        if other.config.features == "patches":
+            good = other.folder(root, "train", categories=other.categories)
+            some = range(0, len(good), max(1, len(good) // 1000))
+            images = torch.stack([good[i]["image"] for i in some])
+        other.extractor.prepare(images)
+        own = {f"extractor.{k}": v for k, v in other.extractor.state_dict().items()}
+        state = {k: v for k, v in state.items() if not k.startswith("extractor.")} | own
+    load_weights(other, state, f"the file with --set {' '.join(settings)}")
+    return other.eval()
 
 
 def _change(plain: dict, setting: str) -> None:
