@@ -6,19 +6,21 @@ must be irregular in shape and foreign in content (D12).
 
 import math
 import os
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
+from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffad_ref.data import read_image
+from diffad_ref.data import images_under, read_image
+from diffad_ref.detector import Natural, Number, Range, Share, checked
 from diffad_ref.diffusion import Draw
 
 
@@ -130,8 +132,8 @@ def texture_bank(folder: str | os.PathLike | None = None, size: int = 256) -> Te
     """
     if folder is None:
         return _built_in(size)
-    root, suffixes = Path(folder), {".jpg", ".jpeg", ".png", ".webp"}
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes)
+    root = Path(folder)
+    paths = images_under(root, {".jpg", ".jpeg", ".png", ".webp"})
     if not paths:
         what = "holds no jpg, png or webp image" if root.is_dir() else "does not exist"
         raise FileNotFoundError(f"texture folder {root} {what}; DTD's is dtd/images")
@@ -261,20 +263,20 @@ WAYS = (
 )
 
 
-@dataclass(frozen=True)
+@checked
 class Synthesis:
     """Settings of the synthetic anomalies; the defaults are the paper's."""
 
-    p_normal: float = 0.5  # share of images that stay as they are
-    max_exponent: int = 5  # Perlin cells per axis: 2^k, k ~ U{0..max_exponent}
-    threshold: float = 0.5  # of the noise
-    beta: tuple[float, float] = (0.2, 0.8)  # share of the image that shines through
-    p_self: float = 0.5  # share of objects whose source is the object itself, shuffled
-    shuffle: str = "grid"  # "grid": 8 x 8 tiles (paper); "strips": the released code
-    n_augmentations: int = 3  # of ten, on every source; a self-shuffled one before its shuffling
+    p_normal: Share = 0.5  # share of images that stay as they are
+    max_exponent: Annotated[Natural, Field(le=8)] = 5  # Perlin cells per axis: 2^k, k ~ U{0..this}
+    threshold: Number = 0.5  # of the noise
+    beta: Range = (0.2, 0.8)  # share of the image that shines through
+    p_self: Share = 0.5  # share of objects whose source is the object itself, shuffled
+    shuffle: Literal["grid", "strips"] = "grid"  # 8 x 8 tiles (paper), or the released code's
+    n_augmentations: Natural = 3  # of ten, on every source; of a self-shuffled one before that
     # Only for tiny: with few textures and short training, a source is found by its colour alone.
-    p_match: float = 0.0  # share of texture sources in the product's own colours
-    p_flat: float = 0.0  # share of sources that are one colour of the image: a part painted over
+    p_match: Share = 0.0  # share of texture sources in the product's own colours
+    p_flat: Share = 0.0  # share of sources that are one colour of the image: a part painted over
 
 
 def blend(image: Tensor, source: Tensor, mask: Tensor, beta: Tensor) -> Tensor:

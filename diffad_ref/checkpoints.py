@@ -1,18 +1,23 @@
 """Weights on disk: safetensors for the numbers, JSON beside them for everything else.
 
-Nothing here unpickles, and nothing stands half-written under its final name.
+Nothing here unpickles, and nothing stands half-written under its final name. What is read is
+checked: an error names the file and what is wrong in it.
 """
 
 import dataclasses
 import json
 import os
 import re
+import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import dacite
+import psutil
 import torch
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +25,7 @@ from torch import Tensor
 from diffad_ref.detector import Detector
 
 SHIPPED = Path(__file__).parent / "weights"  # tiny detectors that come with the package
+UNFINISHED = ".diffad_ref-"  # how names begin of what is being written
 
 
 def save(
@@ -45,7 +51,7 @@ def load(path: str | os.PathLike, method: str | None = None) -> Detector:
     """
     path = weights_path(path)
     description = read_description(path)
-    found = str(description["method"])
+    found = description["method"]
     if method not in (None, found):
         raise ValueError(f"{path} holds weights of {found}, not of {method}")
     if found not in Detector.methods:
@@ -80,9 +86,47 @@ def load_shipped(detector: Detector, name: str, own: Sequence[str] = ()) -> None
 def config_of(kind: type, plain: dict):
     """A config from what `json.loads` made of it (lists back to tuples), or ValueError."""
     try:
-        return dacite.from_dict(kind, plain, dacite.Config(cast=[tuple], strict=True))
-    except dacite.DaciteError as error:
-        raise ValueError(str(error)) from error
+        return TypeAdapter(kind).validate_python(plain)
+    except ValidationError as error:
+        raise ValueError(said(error)) from error
+
+
+def said(error: ValidationError) -> str:
+    """What is wrong with settings, or with a file, on one line."""
+    lines = []
+    for found in error.errors():
+        place = ".".join(str(part) for part in found["loc"])
+        words = found["msg"].removeprefix("Value error, ")
+        given = "" if found["type"] in ("value_error", "missing") else f", not {found['input']!r}"
+        lines.append(f"{place}: {words}{given}" if place else words + given)
+    return "; ".join(lines)
+
+
+def read_json(path: Path, **kinds) -> dict:
+    """The object in a JSON file, whose keys hold such types at least; see `parse_json`."""
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged, or of another kind: {error}") from error
+    return parse_json(text, path, **kinds)
+
+
+def parse_json(text: str, source: object, **kinds) -> dict:
+    """The object that a text holds; ValueError says what is wrong in which `source`."""
+    key = ""
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, found a {type(found).__name__}")
+        if missing := sorted(kinds.keys() - found.keys()):
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        for key, kind in kinds.items():
+            found[key] = TypeAdapter(kind).validate_python(found[key])
+        return found
+    except ValidationError as error:
+        raise ValueError(f"{source} is damaged, or of another kind, in {key!r}: {said(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is damaged, or of another kind: {error}") from error
 
 
 def read_description(path: str | os.PathLike) -> dict:
@@ -90,13 +134,7 @@ def read_description(path: str | os.PathLike) -> dict:
     path = weights_path(path).with_suffix(".json")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it belongs beside the .safetensors file")
-    try:
-        description = json.loads(path.read_text("utf-8"))
-        if missing := {"method", "categories", "config"} - set(description):
-            raise ValueError(f"it lacks {sorted(missing)}")
-    except (ValueError, TypeError) as error:  # no text, no JSON, or no dict
-        raise ValueError(f"{path} is no description of a detector: {error}") from error
-    return description
+    return read_json(path, method=str, categories=list[str], config=dict)
 
 
 def as_text(description: dict) -> str:
@@ -144,23 +182,69 @@ def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict | None = 
         save_file(state, unfinished, metadata)
         unfinished.chmod(mode)
 
-    _write(path, write)
+    if path.parent.is_dir():
+        sweep(path.parent)
+    write_whole(path, write)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Save text, whole or not at all."""
-    _write(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    """Save text, whole or not at all; names of files in it may be any bytes."""
+    data = text.encode("utf-8", "surrogateescape")
+    write_whole(path, lambda unfinished: unfinished.write_bytes(data))
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a hidden name beside `path`, then rename; `tempfile`'s are private."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a hidden file beside `path`, then give it that name; or nothing: OSError.
+
+    All that this package leaves under a final name is written here.
+    """
+    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{threading.get_ident()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(unfinished)
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the name without the content
         os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        near = next(p for p in path.absolute().parents if p.is_dir())
+        free = f"{shutil.disk_usage(near).free / 1e6:.0f} MB are free there"
+        raise OSError(f"cannot write {path} ({free}): {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuse, before the work, to begin what could not be written: OSError."""
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"cannot write {path}: it is a folder")
+        if path is not None:
+            write_whole(trial := path.with_name(f"{UNFINISHED}trial"), Path.touch)
+            trial.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder for one run: it is there, can be written to, and nobody else does."""
+    check_writable(folder / "any")
+    lock = FileLock(folder / ".lock")  # goes with its process, however that ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        words = "another run is writing to it; wait for that one, or choose another folder"
+        raise ValueError(f"{folder}: {words}") from error
+    try:
+        sweep(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder."""
+    for path in folder.glob(f"{UNFINISHED}*-*"):
+        if not psutil.pid_exists(int(path.name.split("-")[1])):
+            path.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -4,33 +4,42 @@ The papers' codec is the variational autoencoder of Stable Diffusion; for tiny i
 components of patches. Codecs see images in [-1, 1], and no other file does.
 """
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from diffad_ref.detector import Count, Levels, Positive, Share, checked, divide
 from diffad_ref.diffusion import Draw
 from diffad_ref.networks import load_part
 
 
-@dataclass(frozen=True)
+@checked
 class CodecConfig:
     """Which codec, and how large; the defaults are Stable Diffusion's autoencoder."""
 
-    kind: str = "kl"  # "kl": a variational autoencoder; "pca": principal components of patches
-    channels: int = 4  # of a latent
-    factor: int = 8  # image side over latent side
+    kind: Literal["kl", "pca"] = "kl"  # variational autoencoder; principal components of patches
+    channels: Count = 4  # of a latent
+    factor: Count = 8  # image side over latent side
     # Of the autoencoder.
     pretrained: str = "stabilityai/sd-vae-ft-ema"  # name on the hub, or a local folder
     subfolder: str = ""  # where in it, for the autoencoder of a whole pipeline: "vae"
-    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level
-    layers: int = 2  # residual blocks a level
-    norm_groups: int = 32  # of the group normalisation
-    scale: float = 0.18215  # of its latents, so that their variance is about 1
+    widths: Levels = (128, 256, 512, 512)  # channels of each level
+    layers: Count = 2  # residual blocks a level
+    norm_groups: Count = 32  # of the group normalisation
+    scale: Positive = 0.18215  # of its latents, so that their variance is about 1
     # Of the principal components.
-    equalise: float = 0.5  # 0 keeps the variances of the components, 1 makes them all equal
+    equalise: Share = 0.5  # 0 keeps the variances of the components, 1 makes them all equal
+
+    def __post_init__(self):
+        levels, values = len(self.widths), 3 * self.factor**2  # numbers in a patch
+        if self.kind == "pca" and self.channels > values:
+            raise ValueError(f"a patch of {self.factor} pixels has 1 to {values} components")
+        if self.kind == "kl" and self.factor != 2 ** (levels - 1):
+            raise ValueError(f"{levels} levels make latents of 1/{2 ** (levels - 1)} of the side")
+        divide(self.widths, norm_groups=self.norm_groups)
 
 
 class Codec(nn.Module):
@@ -82,10 +91,7 @@ def draw_latent(posterior: Tensor, generator: torch.Generator) -> Tensor:
 
 def build_codec(config: CodecConfig) -> Codec:
     """The codec of a config, not yet trained or loaded: see `Codec.prepare`."""
-    kinds = {"kl": KLCodec, "pca": PatchPCA}
-    if config.kind not in kinds:
-        raise ValueError(f"unknown codec {config.kind!r}; there are {', '.join(kinds)}")
-    return kinds[config.kind](config)
+    return {"kl": KLCodec, "pca": PatchPCA}[config.kind](config)
 
 
 class PatchPCA(Codec):
@@ -99,8 +105,6 @@ class PatchPCA(Codec):
     def __init__(self, config: CodecConfig):
         super().__init__(config)
         values = 3 * config.factor**2  # numbers in a patch
-        if not 1 <= config.channels <= values:
-            raise ValueError(f"a patch of {config.factor} pixels has 1 to {values} components")
         self.register_buffer("mean", torch.zeros(values))
         self.register_buffer("components", torch.zeros(config.channels, values))
         self.register_buffer("spread", torch.ones(config.channels))
@@ -154,8 +158,6 @@ class KLCodec(Codec):
 
         super().__init__(config)
         levels = len(config.widths)
-        if config.factor != 2 ** (levels - 1):
-            raise ValueError(f"{levels} levels make latents of 1/{2 ** (levels - 1)} of the side")
         self.vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,10 +16,19 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
-from diffad_ref.checkpoints import differences, read_tensors, save, write_tensors, write_text
+from diffad_ref.checkpoints import (
+    claimed,
+    differences,
+    read_json,
+    read_tensors,
+    save,
+    write_tensors,
+    write_text,
+)
 from diffad_ref.data import AnomalyFolder
-from diffad_ref.detector import Detector, precision_on
+from diffad_ref.detector import Detector, arithmetic, precision_on
 from diffad_ref.diffusion import seeded
 from diffad_ref.evaluation import evaluate
 from diffad_ref.gradient_projection import GradientProjectionMemory
@@ -34,6 +44,12 @@ PROTECTIONS = {
     "update": "project gradients and the optimiser's steps; freeze all else",
 }
 
+# What is known of a category after a task; metrics are None where they are not defined.
+ROW = TypedDict(
+    "ROW",
+    {"task": int, "category": str, "loss": float} | dict.fromkeys(METRICS, float | None),
+)
+TAKEN = dict[str, tuple[int, int]]
 HARMLESS = ("save_every", "num_workers", "device")  # options of `fit` that may change in between
 
 
@@ -98,7 +114,7 @@ def fit_continual(
 ) -> Continual:
     """Train a detector, in place, on tasks one after the other, and judge it after each.
 
-    Raises ValueError if tasks are empty or share a category, `out` holds another run, or as `fit`.
+    Raises ValueError if tasks are empty or share a category, a number out of range, or as `fit`.
 
     Parameters
     ----------
@@ -120,6 +136,9 @@ def fit_continual(
         raise ValueError(f"protection is one of {', '.join(PROTECTIONS)}, not {protection!r}")
     gamma = getattr(detector.config, "gamma", GAMMA) if gamma is None else gamma
     every = getattr(detector.config, "every", 1) if every is None else every
+    if not (0 <= gamma <= 1 and 0 <= later_rate < math.inf and every >= 1):
+        found = f"{gamma}, {later_rate} and {every}"
+        raise ValueError(f"gamma is a share, later_rate from 0 and every from 1, not {found}")
     result = Continual([list(task) for task in tasks])
     settings = {"tasks": result.tasks, "protection": protection, "gamma": gamma, "every": every}
     settings |= {"later_rate": later_rate, "later_steps": later_steps}
@@ -129,25 +148,25 @@ def fit_continual(
     todo = [number for number, f in enumerate(folders) if not (f / "result.json").exists()]
     if ahead := [category for number in todo for category in tasks[number]]:
         AnomalyFolder(root, categories=ahead, cache=False)  # better missed now than hours later
-    _same_run(Path(out) / "run.json", settings)
-
     process = meet(options.get("device"))
-    detector.to(options.get("device") or process.device)
-    detector.enter(detector.stages[-1])
-    memory = GradientProjectionMemory(detector, gamma=gamma)
-    for number, folder in enumerate(folders):
-        if number in todo:
-            own = options | {"out": folder, "seed": seed + number, "progress": progress}
-            if number:
-                own |= {"rate": later_rate, "steps": later_steps or options.get("steps")}
-            _learn(detector, memory, root, result.tasks[: number + 1], protection, every, own)
-            process.wait_for_everyone()
-        restore(detector, folder)
-        detector.categories = tuple(sum(result.tasks[: number + 1], []))
-        memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
-        done = json.loads((folder / "result.json").read_text("utf-8"))
-        result.rows += done["rows"]
-        result.taken.append(done["taken"])
+    with claimed(Path(out)) if process.is_main_process else nullcontext():
+        _same_run(Path(out) / "run.json", settings)
+        detector.to(options.get("device") or process.device)
+        detector.enter(detector.stages[-1])
+        memory = GradientProjectionMemory(detector, gamma=gamma)
+        for number, folder in enumerate(folders):
+            if number in todo:
+                own = options | {"out": folder, "seed": seed + number, "progress": progress}
+                if number:
+                    own |= {"rate": later_rate, "steps": later_steps or options.get("steps")}
+                _learn(detector, memory, root, result.tasks[: number + 1], protection, every, own)
+                process.wait_for_everyone()
+            restore(detector, folder)
+            detector.categories = tuple(sum(result.tasks[: number + 1], []))
+            memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
+            done = read_json(folder / "result.json", rows=list[ROW], taken=TAKEN)
+            result.rows += done["rows"]
+            result.taken.append(done["taken"])
     return result
 
 
@@ -190,7 +209,7 @@ def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
 def _same_run(path: Path, settings: dict) -> None:
     """Write down what a folder's run is, or refuse to go on with another; tasks may be added."""
     settings = json.loads(json.dumps(settings))  # as it looks after a round trip
-    before = json.loads(path.read_text("utf-8")) if path.exists() else settings
+    before = read_json(path, tasks=list[list[str]]) if path.exists() else settings
     now = settings | {"tasks": settings["tasks"][: len(before["tasks"])]}
     if different := differences(before, now):
         found = f"{path.parent} holds another run (different {', '.join(different)})"
@@ -211,8 +230,10 @@ def gather(
     for group in memory.groups():
         with memory.gather(group):
             for number, batch in enumerate(tqdm(batches, "gather", disable=not progress)):
-                generator = seeded(detector.device, 0, number)
-                detector.predict(batch["image"], batch["category_index"], generator)
+                x, index = batch["image"].to(detector.device), batch["category_index"]
+                with torch.no_grad(), arithmetic(detector, "float32"):
+                    generator = seeded(detector.device, 0, number)
+                    detector.eval().judge(x, detector.classes_of(index, len(x)), generator)
         taken |= memory.extend()
     return {name: taken[name] for name in memory.layers}
 

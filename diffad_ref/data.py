@@ -25,13 +25,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # what is in a file, whatever its name says
 
 # Surfaces without an outline that fill the image; zipper counts as one in DiffusionAD.
-TEXTURES = frozenset(
-    ["carpet", "grid", "leather", "tile", "wood", "zipper"]  # MVTec AD
-    + ["brick", "grass", "gravel", "magnetic_tile"]  # the toy factory; magnetic tiles
-    + [f"Class{i}" for i in range(1, 11)]  # DAGM 2007
-)
+TEXTURES = {f"Class{i}" for i in range(1, 11)}  # DAGM 2007
+TEXTURES |= set("carpet grid leather tile wood zipper brick grass gravel magnetic_tile".split())
 
 EXPECTED_TREE = """\
 <root>/<category>/             (<root> may also be one such category itself)
@@ -45,7 +43,7 @@ EXPECTED_TREE = """\
 def _open(path: str | Path) -> Image.Image:
     """Decode fully, upright, with depths above 8 bits scaled to 8; ValueError names the file."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file)
     except Exception as error:  # PIL's decoders raise half a dozen unrelated types
         raise ValueError(f"cannot read the image {path}: {error}") from error
@@ -74,13 +72,13 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 
 # PIL's; but "linear" mixes the nearest four pixels, however much an image shrinks, as OpenCV does.
-ANTIALIASED, BICUBIC, LINEAR = "antialiased", "bicubic", "linear"
-FILTERS = {ANTIALIASED: Image.Resampling.BILINEAR, BICUBIC: Image.Resampling.BICUBIC, LINEAR: None}
+FILTERS = {"antialiased": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS |= {"linear": None}
 
 
 def resize_image(image: Image.Image, size: tuple[int, int], resample: str) -> np.ndarray:
     """Resize an RGB image to `size` (height, width), uint8 (H, W, 3), by one of `FILTERS`."""
-    if resample != LINEAR:
+    if resample != "linear":
         return np.array(image.resize(size[::-1], FILTERS[resample]))
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     return F.interpolate(planes, size, mode="bilinear")[0].round().byte().permute(1, 2, 0).numpy()
@@ -125,9 +123,9 @@ class AnomalyFolder(Dataset):
 
     Parameters
     ----------
-    root : path
-        Folder of categories, or one category, laid out as in `EXPECTED_TREE`.
-    split : "train" (good images to learn from) or "test" (good and defective ones to judge)
+    root, split
+        Folder of categories, or one category, laid out as in `EXPECTED_TREE`; "train" are good
+        images to learn from, "test" good and defective ones to judge.
     image_size : int, (height, width) or None
         Every image is resized to it; None keeps each image's own size.
     categories, textures : sequence of str, optional
@@ -138,8 +136,7 @@ class AnomalyFolder(Dataset):
         category that mirrors its `train` (released: DISthresh, or thresh); or what makes a mask
         of an object's image, such as `anomalies.estimate_foreground`.
     crop, resample
-        Keep the middle of each resized image, so many pixels a side; labels stay as they are. How
-        images are resized: see `resize_image`.
+        Keep the middle of each image, so many pixels a side; how it is resized: `resize_image`.
     cache, plain
         Keep decoded images in memory; the category of a `root` without layout (`from_folders`).
     """
@@ -156,7 +153,7 @@ class AnomalyFolder(Dataset):
         textures: Sequence[str] | None = None,
         foreground: str | Path | Callable | None = None,
         crop: int | None = None,
-        resample: str = ANTIALIASED,
+        resample: str = "antialiased",
         cache: bool = True,
         plain: str | None = None,
     ):
@@ -169,12 +166,13 @@ class AnomalyFolder(Dataset):
         if resample not in FILTERS or crop is not None and (size is None or crop > min(size)):
             found = f"crop {crop} pixels from images of size {image_size} ({resample})"
             raise ValueError(f"cannot {found}; resample is one of {', '.join(FILTERS)}")
-        self.foreground, self.resample = foreground, resample
         folders = {plain: self.root} if plain else _category_folders(self.root)
         self.categories, self.samples = _select(folders, categories, self.root), []
-        marked = {name for name in self.categories if (folders[name] / "texture").is_file()}
-        known = marked | (TEXTURES & set(self.categories))
-        self.textures = frozenset(known if textures is None else textures)
+        self.foreground, self.resample = foreground, resample
+        if textures is None:
+            marked = {name for name in self.categories if (folders[name] / "texture").is_file()}
+            textures = marked | (TEXTURES & set(self.categories))
+        self.textures = frozenset(textures)
         if strange := self.textures.difference(self.categories):
             raise ValueError(f"no category {sorted(strange)} among {', '.join(self.categories)}")
         for category in self.categories:
@@ -184,11 +182,13 @@ class AnomalyFolder(Dataset):
             else:
                 truth = None if plain else folder / "ground_truth"
                 records = _read_test(folder if plain else folder / "test", category, truth)
-            if not (foreground is None or callable(foreground) or category in self.textures):
+            if not (foreground is None or callable(foreground)):
                 masks, inside = Path(foreground), folder / foreground
                 bare = len(masks.parts) == 1 and inside.is_dir()
                 places = (folder / split, inside) if bare else (folder, masks / category)
-                records = _add_foreground(records, *places)
+                _entries(places[1] if bare else masks)
+                if category not in self.textures:
+                    records = _add_foreground(records, *places)
             self.samples += records
         self.has_labels = all(record.kind != "unlabelled" for record in self.samples)
         self.has_masks = self.has_labels and all(r.mask_path for r in self.samples if r.label)
@@ -220,27 +220,22 @@ class AnomalyFolder(Dataset):
 
     def fingerprint(self) -> dict[str, str]:
         """What tells other images, and other foregrounds, from these: their files and sizes."""
-        found = {}
-        for name in ("path", "mask_path", "foreground_path"):
-            files = [path for r in self.samples if (path := getattr(r, name))]
+        found = {"images": "path", "masks": "mask_path", "foreground": "foreground_path"}
+        for name, place in found.items():
+            files = [path for r in self.samples if (path := getattr(r, place))]
             text = repr([(path.parts[-4:], path.stat().st_size) for path in files])
             found[name] = f"{len(files)} files, {hashlib.sha256(text.encode()).hexdigest()}"
-        return dict(zip(("images", "masks", "foreground"), found.values(), strict=True))
+        return found
 
     def __getitem__(self, i: int) -> dict:
         record = self.samples[i]
         parts = self._cache.get(record.path) or self._decode(record)
         if self.cache:
             self._cache[record.path] = parts
-        sample = {
-            **parts,
-            "label": record.label,
-            "category": record.category,
-            "category_index": self.categories.index(record.category),
-            "texture": record.category in self.textures,
-            "kind": record.kind,
-            "path": str(record.path),
-        }
+        index = self.categories.index(record.category)
+        names = {"category": record.category, "kind": record.kind, "path": str(record.path)}
+        sample = {**parts, **names, "label": record.label, "category_index": index}
+        sample["texture"] = record.category in self.textures
         return sample if self.raw else as_floats(sample)
 
     def _decode(self, record: Record) -> dict[str, Tensor]:
@@ -316,8 +311,7 @@ class Feed:
 def _read_mask_of(record: Record, path: Path, image_size: tuple[int, int]) -> np.ndarray:
     mask = read_mask(path)
     if mask.shape[::-1] != image_size:
-        ours, theirs = ("x".join(map(str, size)) for size in (mask.shape[::-1], image_size))
-        raise ValueError(f"{path} has {ours} pixels, but its image {record.path} has {theirs}")
+        raise ValueError(f"{path} is {mask.shape[::-1]}, but its image {record.path} {image_size}")
     if not mask.any():
         warnings.warn(f"{path} marks no pixel, its image is {record.kind!r}", stacklevel=2)
     return mask
@@ -344,22 +338,25 @@ def _images(folder: Path) -> list[Path]:
     return [p for p in _entries(folder) if p.suffix.lower() in SUFFIXES and p.is_file()]
 
 
+def images_under(folder: Path, suffixes=SUFFIXES) -> list[Path]:
+    """The visible images in a folder, at any depth, sorted."""
+    paths = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    return sorted(p for p in paths if not any(n[0] == "." for n in p.relative_to(folder).parts))
+
+
 def _category_folders(root: Path) -> dict[str, Path]:
     def has_split(folder: Path) -> bool:
         return (folder / "train").is_dir() or (folder / "test").is_dir()
 
     found = {folder.name: folder for folder in _entries(root) if has_split(folder)}
-    if has_split(root):
-        return {root.resolve().name: root}
-    if not found:
+    if not (found or has_split(root)):
         raise _missing(f"no category (a folder with train/ or test/) in {root}", root)
-    return found
+    return {root.resolve().name: root} if has_split(root) else found
 
 
 def _select(folders: dict[str, Path], categories, root: Path) -> list[str]:
-    if categories is None:
-        return list(folders)
-    wanted = [categories] if isinstance(categories, str) else list(dict.fromkeys(categories))
+    chosen = folders if categories is None else categories
+    wanted = [chosen] if isinstance(chosen, str) else list(dict.fromkeys(chosen))
     unknown = [category for category in wanted if category not in folders]
     if unknown or not wanted:
         problem = f"unknown categories {unknown}" if unknown else "no category chosen"
@@ -375,12 +372,17 @@ def _read_good(folder: Path, category: str) -> list[Record]:
 
 
 def _read_test(folder: Path, category: str, truth: Path | None = None) -> list[Record]:
+    if truth is None and (paths := images_under(folder)):  # a plain folder: all that it holds
+        inner = [(path, path.relative_to(folder).parts[:-1]) for path in paths]
+        return [Record(p, None, category, k[0] if k else "unlabelled") for p, k in inner]
     kinds, samples = [p for p in _entries(folder) if p.is_dir() and _images(p)], []
     if not kinds:  # loose images: nobody says which of them are good
         return [replace(record, kind="unlabelled") for record in _read_good(folder, category)]
+    if loose := _images(folder):
+        warnings.warn(f"left out {len(loose)} images in no kind's folder: {loose[0]}", stacklevel=2)
     for kind in kinds:
         masks = {}
-        if kind.name != "good" and truth is not None and (truth / kind.name).is_dir():
+        if kind.name != "good" and (truth / kind.name).is_dir():
             masks = {mask.stem: mask for mask in _images(truth / kind.name)}
         for path in _images(kind):
             mask = masks.get(f"{path.stem}_mask", masks.get(path.stem))
@@ -391,10 +393,8 @@ def _read_test(folder: Path, category: str, truth: Path | None = None) -> list[R
 def _add_foreground(samples: list[Record], folder: Path, foreground: Path) -> list[Record]:
     """Pair each image with the mask at the same place under the foreground folder."""
     _entries(foreground)
-    files = [p for p in foreground.rglob("*") if p.suffix.lower() in SUFFIXES]
-    masks = {p.relative_to(foreground).with_suffix(""): p for p in files}
+    masks = {p.relative_to(foreground).with_suffix(""): p for p in images_under(foreground)}
     keys = [record.path.relative_to(folder).with_suffix("") for record in samples]
-    missing = [str(foreground / key) for key in keys if key not in masks]
-    if missing:
+    if missing := [str(foreground / key) for key in keys if key not in masks]:
         raise FileNotFoundError(f"no foreground mask {missing[0]}.* ({len(missing)} missing)")
     return [replace(r, foreground_path=masks[k]) for r, k in zip(samples, keys, strict=True)]

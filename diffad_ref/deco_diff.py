@@ -10,8 +10,9 @@ arXiv 2503.19357. Formulas C1-C10.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,23 @@ from einops import rearrange
 from torch import Tensor
 
 from diffad_ref.codecs import CodecConfig, build_codec, draw_latent
-from diffad_ref.data import ANTIALIASED, BICUBIC
-from diffad_ref.detector import Detector, Prediction, Rate, Stage
+from diffad_ref.detector import (
+    Count,
+    Detector,
+    Levels,
+    Natural,
+    NotNegative,
+    Positive,
+    Prediction,
+    Range,
+    Rate,
+    Resample,
+    Share,
+    Stage,
+    Stages,
+    checked,
+    network_fits,
+)
 from diffad_ref.diffusion import Draw, Schedule
 from diffad_ref.maps import clip_and_scale, enlarge, gaussian_filter
 from diffad_ref.networks import LatentUNet
@@ -32,14 +48,14 @@ ODDS = (0.3, 0.25, 0.2, 0.15, 0.1)  # of patches of 1, 2, 4, 8 and 16 latent cel
 PAPER_RATE = Rate(1e-4, "cosine", warmup=130, horizon=1.5)  # 10 epochs of 13 steps
 
 
-@dataclass(frozen=True)
+@checked
 class Corruption:
     """How latents are corrupted; the defaults are the paper's, for 32 x 32 cells."""
 
-    patch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)  # latent cells; one is drawn a batch
-    patch_odds: tuple[float, ...] = ODDS
-    mask_ratio: tuple[float, float] = (0.0, 0.7)  # share of patches that are corrupted
-    foreign_ratio: tuple[float, float] = (0.0, 0.3)  # share of patches that are foreign, not noise
+    patch_sizes: tuple[Count, ...] = (1, 2, 4, 8, 16)  # latent cells; one is drawn a batch
+    patch_odds: tuple[Positive, ...] = ODDS
+    mask_ratio: Range = (0.0, 0.7)  # share of patches that are corrupted
+    foreign_ratio: Range = (0.0, 0.3)  # share of patches that are foreign, not noise
 
     @classmethod
     def of_side(cls, side: int) -> "Corruption":
@@ -55,41 +71,49 @@ class Corruption:
             raise ValueError(f"{found} do not divide latents of {side} cells, or lack odds")
 
 
-@dataclass(frozen=True)
+@checked
 class Config:
     """Sizes and settings; the defaults are the paper's (or its released code's)."""
 
-    image_size: int = 256  # pixels
-    resize: int = 288  # pixels of the images that are cropped to image_size
-    resample: str = BICUBIC  # how images shrink to it
-    shift: int = 4  # pixels by which every second training crop may move, on each axis
-    turned: float = 0.0  # share of training crops that stand on their head; released: 0.5 for VisA
-    classes: int = 15  # rows of the class table
+    image_size: Count = 256  # pixels
+    resize: Count = 288  # pixels of the images that are cropped to image_size
+    resample: Resample = "bicubic"  # how images shrink to it
+    shift: Natural = 4  # pixels by which every second training crop may move, on each axis
+    turned: Share = 0.0  # share of training crops that stand on their head; released: 0.5 for VisA
+    classes: Count = 15  # rows of the class table
     codec: CodecConfig = CodecConfig()
     # Network.
-    width: int = 256
-    multipliers: tuple[int, ...] = (1, 2, 4)
-    blocks: int = 2  # residual blocks a level
-    heads: int = 8  # of the first level
-    context: int = 512  # width of a class token
-    dropout: float = 0.4
-    norm_groups: int = 32
+    width: Count = 256
+    multipliers: Levels = (1, 2, 4)
+    blocks: Count = 2  # residual blocks a level
+    heads: Count = 8  # of the first level
+    context: Count = 512  # width of a class token
+    dropout: Share = 0.4
+    norm_groups: Count = 32
     # Corruption and correction.
     schedule: str = "cosine"
-    steps: int = 10  # T
+    steps: Count = 10  # T
     corruption: Corruption = Corruption()
-    times: tuple[int, ...] = (8, 6, 4, 2, 0)  # time steps of the correction: 5 of the 10
+    times: tuple[Natural, ...] = (8, 6, 4, 2, 0)  # time steps of the correction: 5 of the 10
     # Scoring.
-    fusion: str = "geometric"  # or "arithmetic", "image", "latent"
-    image_clip: float = 0.4  # of a difference of images in [-1, 1]
-    image_sigma: float = 3.0  # pixels
-    latent_clip: float = 0.2
-    latent_sigma: float = 1.0  # latent cells
+    fusion: Literal["geometric", "arithmetic", "image", "latent"] = "geometric"
+    image_clip: Positive = 0.4  # of a difference of images in [-1, 1]
+    image_sigma: NotNegative = 3.0  # pixels
+    latent_clip: Positive = 0.2
+    latent_sigma: NotNegative = 1.0  # latent cells
     # 800 epochs of 13 steps of 256 images, a tenth of MVTec AD's being held out; the cosine would
     # reach 0 after 1,200.
-    stages: tuple[Stage, ...] = (
+    stages: Stages = (
         Stage("correction", 10_400, 128, {"corrector": PAPER_RATE}, "adamw", 1e-4, accumulate=2),
     )
+
+    def __post_init__(self):
+        network_fits(self, self.codec.factor * 2 ** (len(self.multipliers) - 1), ("corrector",))
+        self.corruption.check(self.image_size // self.codec.factor)
+        if self.resize < self.image_size or self.shift >= self.image_size:
+            found = f"{self.image_size} pixels, moved by {self.shift}"
+            raise ValueError(f"images of {self.resize} pixels cannot be cropped to {found}")
+        check_times(self.times, self.steps)
 
     @classmethod
     def paper(cls, size: str = "L", image_size: int = 256, **changes) -> "Config":
@@ -111,7 +135,7 @@ class Config:
         tiny = cls(
             image_size=image_size,
             resize=image_size,  # no pixel to spare for a margin
-            resample=ANTIALIASED,
+            resample="antialiased",
             classes=6,
             codec=CodecConfig("pca", channels=12, factor=4),
             **network | maps,
@@ -216,6 +240,13 @@ def moved_crop(images: Tensor, size: int, shift: int, generator: torch.Generator
 
 
 # ------------------------------------------------------------------------------------- correction
+def check_times(times: Sequence[int], steps: int) -> None:
+    """Refuse time steps that do not fall, or are not of a schedule of so many."""
+    falling = [steps, *times, -1]
+    if not times or falling != sorted(set(falling), reverse=True):
+        raise ValueError(f"time steps must fall, from {steps - 1} at most, not {times}")
+
+
 @torch.no_grad()
 def correct(
     model: Callable, z: Tensor, schedule: Schedule, times: Sequence[int], rescale: bool = False
@@ -235,9 +266,7 @@ def correct(
         keeps the direction. True fits it to the next level: the steps of DDIM, which are exact
         where everything is corrupted.
     """
-    falling = [len(schedule), *times, -1]
-    if not times or falling != sorted(set(falling), reverse=True):
-        raise ValueError(f"time steps must fall, from {len(schedule) - 1} at most, not {times}")
+    check_times(times, len(schedule))
     levels = [torch.full((len(z),), t, device=z.device) for t in times]
     abars, states = [schedule.at(t) for t in levels], []
     for t, abar, abar_prev in zip(levels, abars, [*abars[1:], None], strict=True):
@@ -282,17 +311,11 @@ class DecoDiff(Detector):
 
     def __init__(self, config: Config | None = None):
         super().__init__(config)
-        c, codec, side = self.config, self.config.codec, self.config.image_size
-        multiple = codec.factor * 2 ** (len(c.multipliers) - 1)
-        if side % multiple:
-            raise ValueError(f"image_size must be a multiple of {multiple}, not {side}")
-        if c.fusion not in FUSIONS:
-            raise ValueError(f"unknown fusion {c.fusion!r}; there are {', '.join(FUSIONS)}")
-        c.corruption.check(side // codec.factor)
+        c = self.config
         self.schedule = Schedule.named(c.schedule, c.steps)
-        self.codec = build_codec(codec)
+        self.codec = build_codec(c.codec)
         network = (c.width, c.multipliers, c.blocks, c.heads, c.context, c.dropout, c.norm_groups)
-        self.corrector = LatentUNet(codec.channels, c.classes, *network)
+        self.corrector = LatentUNet(c.codec.channels, c.classes, *network)
         self.enter(self.stages[-1])
 
     def prepare(self, dataset) -> None:

@@ -1,20 +1,49 @@
-"""What every method promises: a loss to train with, and a prediction to judge it by.
+"""What every method promises: a config, a loss to train with, a prediction to judge it by.
 
-Batches are checked here, at the border, so that a method's file can hold nothing but the method.
+Settings and batches are checked here, at the border, so that a method's file can hold nothing but
+the method.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
-from diffad_ref.data import ANTIALIASED, AnomalyFolder
+from diffad_ref.data import AnomalyFolder
+from diffad_ref.diffusion import Schedule, seeded
 from diffad_ref.networks import lean
+
+# What settings may be. A `@checked` class refuses all else, whoever makes it and from what.
+Count = Annotated[int, Field(strict=True, ge=1)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+
+
+def _in_order(pair: tuple) -> tuple:
+    if pair[0] > pair[1]:
+        raise ValueError(f"a range ends above where it begins, not as {pair} does")
+    return pair
+
+
+ordered = AfterValidator(_in_order)
+Range = Annotated[tuple[Share, Share], ordered]
+Resample = Literal["antialiased", "bicubic", "linear"]  # how images shrink: `data.FILTERS`
+Levels = Annotated[tuple[Count, ...], Field(min_length=1)]
+checked = partial(pydantic_dataclass, frozen=True, config=ConfigDict(extra="forbid"))
 
 PRECISIONS = ("auto", "float32", "tf32", "bf16", "fp16")
 
@@ -61,14 +90,14 @@ class Prediction:
     parts: dict[str, Tensor] = field(default_factory=dict)  # what it saw on the way, for pictures
 
 
-@dataclass(frozen=True)
+@checked
 class Rate:
     """A learning rate over the steps of a stage."""
 
-    peak: float
-    schedule: str = "constant"  # "constant", "cosine" (to 0 at the horizon), "cycle"
-    warmup: int = 0  # steps of linear rise before it
-    horizon: float = 1.0  # where a cosine would reach 0, in lengths of the stage
+    peak: NotNegative
+    schedule: Literal["constant", "cosine", "cycle"] = "constant"  # cosine: to 0 at the horizon
+    warmup: Natural = 0  # steps of linear rise before it
+    horizon: Positive = 1.0  # where a cosine would reach 0, in lengths of the stage
 
     def at(self, step: int, steps: int) -> float:
         """The rate of step `step` (from 0) in a stage of `steps`.
@@ -80,26 +109,28 @@ class Rate:
             return self.peak * (step + 1) / (self.warmup + 1)
         length = max(1, self.horizon * steps - self.warmup)
         shares = {"constant": 0, "cosine": (step - self.warmup) / length, "cycle": step / 10}
-        if self.schedule not in shares:
-            raise ValueError(f"schedule is one of {', '.join(shares)}, not {self.schedule!r}")
         return self.peak * 0.5 * (1 + math.cos(math.pi * shares[self.schedule]))
 
 
-@dataclass(frozen=True)
+@checked
 class Stage:
     """One stretch of a training recipe: which parts learn, for how long, how fast."""
 
     name: str  # shown in the progress bar and in checkpoints
-    steps: int | None  # optimiser steps; None: what `epochs` take, see `counted`
-    batch_size: int  # images at a time, on each process
-    lr: dict[str, Rate]  # every part that learns; parts not named are frozen
-    optimizer: str = "adam"  # "adam" or "adamw"
-    weight_decay: float = 0.0
-    clip: float | None = None  # largest norm of the gradient
-    accumulate: int = 1  # batches a step: more images than memory holds
+    steps: Natural | None  # optimiser steps; None: what `epochs` take, see `counted`
+    batch_size: Count  # images at a time, on each process
+    lr: Annotated[dict[str, Rate], Field(min_length=1)]  # of every part that learns; others rest
+    optimizer: Literal["adam", "adamw"] = "adam"
+    weight_decay: NotNegative = 0.0
+    clip: Positive | None = None  # largest norm of the gradient
+    accumulate: Count = 1  # batches a step: more images than memory holds
     checkpointing: bool = False  # keep less for the backward pass, and compute it again
-    epochs: int = 0  # instead of steps
+    epochs: Natural = 0  # instead of steps
     drop_last: bool = False  # an epoch leaves out images that fill no batch
+
+    def __post_init__(self):
+        if self.steps is None and not self.epochs:
+            raise ValueError(f"stage {self.name!r} has neither steps nor epochs")
 
     def counted(self, images: int, processes: int = 1) -> Stage:
         """The same with epochs as steps, for so many training images."""
@@ -107,6 +138,29 @@ class Stage:
             return self
         whole, at_once = math.floor if self.drop_last else math.ceil, self.batch_size * processes
         return replace(self, steps=self.epochs * max(1, whole(images / at_once / self.accumulate)))
+
+
+Stages = Annotated[tuple[Stage, ...], Field(min_length=1)]
+
+
+def network_fits(config, multiple: int, parts: Sequence[str]) -> None:
+    """Refuse a config whose sizes its networks cannot take, or whose stages train other parts."""
+    if config.image_size % multiple:
+        raise ValueError(f"image_size must be a multiple of {multiple}, not {config.image_size}")
+    Schedule.named(config.schedule, config.steps)
+    divide([config.width * m for m in config.multipliers], norm_groups=config.norm_groups)
+    if config.heads > config.width:
+        raise ValueError(f"a width of {config.width} cannot be shared by {config.heads} heads")
+    for stage in config.stages:
+        if unknown := sorted(stage.lr.keys() - set(parts)):
+            raise ValueError(f"stage {stage.name!r} trains unknown parts {unknown}")
+
+
+def divide(widths: Sequence[int], **numbers: int) -> None:
+    """Refuse numbers, by their names, that do not divide all widths of a network."""
+    for name, number in numbers.items():
+        if any(width % number for width in widths):
+            raise ValueError(f"{name} must divide the widths {widths}, and {number} does not")
 
 
 class Detector(nn.Module, ABC):
@@ -153,8 +207,11 @@ class Detector(nn.Module, ABC):
         """Scalars of one training step; "loss" is the total that is minimised."""
 
     @abstractmethod
-    def judge(self, x: Tensor, category_index, generator: torch.Generator) -> Prediction:
-        """What `predict` does with images that are checked, in evaluation mode."""
+    def judge(self, x: Tensor, category_index, generator) -> Prediction:
+        """What `predict` does with images that are checked, in evaluation mode.
+
+        Noise comes from `Draw(generator)`, which may be one generator, or one for each image.
+        """
 
     def prepare(self, dataset) -> None:
         """Learn or load what must be known before the first step of a training run; mostly none."""
@@ -180,15 +237,17 @@ class Detector(nn.Module, ABC):
         """Judge images (B, 3, H, W) in [0, 1], in evaluation mode whatever the mode was.
 
         `category_index` (B,), long, is the class of each image, as in `categories`, for methods
-        that must know. The same `torch.Generator`, by default of seed 0, predicts the same.
+        that must know. An image's noise comes from a seed, which the `generator` draws (by
+        default one of seed 0), and from its own pixels: what stands beside it changes nothing.
         """
         self.check(images, self.config.image_size)
+        images, training = images.float(), self.training
         index = self.classes_of(category_index, len(images))
-        generator, training = generator or torch.Generator().manual_seed(0), self.training
+        generators = for_each(images, generator or seeded("cpu", 0))
         try:
             with arithmetic(self, precision_on(self.device, precision)):
                 x = images.to(self.device, non_blocking=True)
-                found = self.eval().judge(x, index, generator)
+                found = self.eval().judge(x, index, generators)
         finally:
             self.train(training)
         names = ("anomaly_map", "score", "reconstruction")
@@ -225,7 +284,8 @@ class Detector(nn.Module, ABC):
     def view(self, split: str) -> dict:
         """Arguments for `AnomalyFolder`: how the images of "train" or "test" must come."""
         config, size = self.config, self.config.image_size
-        resize, resample = getattr(config, "resize", size), getattr(config, "resample", ANTIALIASED)
+        resize = getattr(config, "resize", size)
+        resample = getattr(config, "resample", "antialiased")
         crop = size if split == "test" and resize > size else None
         return {"image_size": resize, "crop": crop, "resample": resample}
 
@@ -260,6 +320,13 @@ class Detector(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights live."""
         return next(self.parameters()).device
+
+
+def for_each(images: Tensor, generator: torch.Generator) -> list[torch.Generator]:
+    """A generator for each of some images (B, 3, H, W), of a drawn number and its pixels."""
+    drawn = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    levels = (images * 255).round().to("cpu", torch.uint8).numpy()  # rounding moves no seed
+    return [seeded(generator.device, drawn, zlib.crc32(image.tobytes())) for image in levels]
 
 
 def check_images(images: Tensor, name: str = "images", wait: bool = True) -> None:

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers of a generator, drawn where it lives, so that a seed means one thing."""
+    """Random numbers of a generator, drawn where it lives, so that a seed means one thing.
 
-    generator: torch.Generator
+    Or of several, one an image: then a batch (B, ...) holds for each what its own would draw alone.
+    """
+
+    generator: torch.Generator | Sequence[torch.Generator]
     device: torch.device | str = "cpu"
 
     def normal(self, *shape: int) -> Tensor:
@@ -39,9 +42,15 @@ class Draw:
         return self._of(torch.rand, (rows, count)).argsort(1)
 
     def _of(self, kind: Callable, *arguments) -> Tensor:
-        where = self.generator.device
-        drawn = kind(*arguments, generator=self.generator, device=where)
-        return drawn.to(self.device, non_blocking=where.type == "cpu")
+        if isinstance(self.generator, torch.Generator):
+            where = self.generator.device
+            drawn = kind(*arguments, generator=self.generator, device=where)
+            return drawn.to(self.device, non_blocking=where.type == "cpu")
+        *others, (count, *shape) = arguments
+        if count != len(self.generator):
+            raise ValueError(f"{len(self.generator)} images cannot share a draw of {count} rows")
+        alone = (Draw(g, self.device)._of(kind, *others, (1, *shape)) for g in self.generator)
+        return torch.cat(list(alone))
 
 
 def seeded(device, *key: int) -> torch.Generator:
@@ -52,6 +61,8 @@ def seeded(device, *key: int) -> torch.Generator:
 
 def linear_betas(steps: int = 1000) -> Tensor:
     """Betas from 1e-4 to 2e-2, scaled so that any number of steps ends at the same noise."""
+    if steps <= 20:
+        raise ValueError(f"a linear schedule needs more than 20 steps, not {steps}: betas below 1")
     scale = 1000 / steps
     return torch.linspace(scale * 1e-4, scale * 2e-2, steps, dtype=torch.float64)
 

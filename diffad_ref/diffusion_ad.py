@@ -12,55 +12,84 @@ D2 stand in `diffusion.py`, D12 in `anomalies.py`.
 import hashlib
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffad_ref.anomalies import Synthesis, estimate_foreground, synthesize, texture_bank
-from diffad_ref.data import ANTIALIASED, LINEAR
-from diffad_ref.detector import Detector, Prediction, Rate, Stage
+from diffad_ref.detector import (
+    Count,
+    Detector,
+    Levels,
+    Natural,
+    Number,
+    Prediction,
+    Rate,
+    Resample,
+    Stage,
+    Stages,
+    checked,
+    divide,
+    network_fits,
+)
 from diffad_ref.diffusion import Draw, Schedule, add_noise, implied_noise, predict_x0
 from diffad_ref.networks import adm_unet
 
 PAPER_RATES = {"denoiser": Rate(1e-4), "segmenter": Rate(1e-5, "cycle")}
 
 
-@dataclass(frozen=True)
+@checked
 class Config:
     """Sizes and settings; the defaults are the paper's (or its released code's)."""
 
-    image_size: int = 256  # pixels
-    resample: str = LINEAR  # how images shrink to it
+    image_size: Count = 256  # pixels
+    resample: Resample = "linear"  # how images shrink to it
     # Denoiser: an ADM U-Net.
-    width: int = 128  # channels of its first level
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4, 4)  # of the width, one a level
-    blocks: int = 2  # residual blocks a level
-    attention_levels: tuple[int, ...] = (3, 4, 5)  # levels with attention: 32, 16 and 8 pixels
-    heads: int = 4  # attention heads at every width
-    norm_groups: int = 32  # of the group normalisation
-    segmentation_width: int = 64  # channels of the segmentation network's first stage
+    width: Count = 128  # channels of its first level
+    multipliers: Levels = (1, 1, 2, 2, 4, 4)  # of the width, one a level
+    blocks: Count = 2  # residual blocks a level
+    attention_levels: tuple[Natural, ...] = (3, 4, 5)  # levels with attention: 32, 16 and 8 pixels
+    heads: Count = 4  # attention heads at every width
+    norm_groups: Count = 32  # of the group normalisation
+    segmentation_width: Count = 64  # channels of the segmentation network's first stage
     # Noise.
     schedule: str = "linear"
-    steps: int = 1000  # T
-    t_s_range: tuple[int, int] = (0, 300)  # small scale in training: 0 .. tau - 1
-    t_b_range: tuple[int, int] = (300, 1000)  # large scale in training: tau .. T - 1
-    t_s: int = 200  # small scale at inference
-    t_b: int = 400  # large scale at inference
-    w: float = 1.0  # guidance weight
+    steps: Count = 1000  # T
+    t_s_range: tuple[Natural, Natural] = (0, 300)  # small scale in training: 0 .. tau - 1
+    t_b_range: tuple[Natural, Natural] = (300, 1000)  # large scale in training: tau .. T - 1
+    t_s: Natural = 200  # small scale at inference
+    t_b: Natural = 400  # large scale at inference
+    w: Number = 1.0  # guidance weight
     # Anomalies and scoring.
     synthesis: Synthesis = Synthesis()
     foreground: str = "estimate"  # where anomalies lie; or a folder of masks, or "whole"
-    top_k: int = 50  # pixels whose mean is the image score
-    stages: tuple[Stage, ...] = (
+    top_k: Count = 50  # pixels whose mean is the image score
+    stages: Stages = (
         Stage("joint", None, 16, PAPER_RATES, epochs=3000, drop_last=True),  # one model a category
     )
     # Only for tiny; the paper has the defaults.
-    patch_size: int = 1  # pixels packed into channels, per axis: costs patch_size² less
-    predicts: str = "noise"  # or the clean "image": few channels cannot carry noise
-    segmentation_norm: str = "batch"  # or "group": a tiny batch has poor statistics
-    draws: int = 1  # of the noise at inference, averaged: few pixels make a single draw noisy
+    patch_size: Count = 1  # pixels packed into channels, per axis: costs patch_size² less
+    predicts: Literal["noise", "image"] = "noise"  # the clean image: few channels carry no noise
+    segmentation_norm: Literal["batch", "group"] = "batch"  # a tiny batch has poor statistics
+    draws: Count = 1  # of the noise at inference, averaged: few pixels make a single draw noisy
     built_in_textures: bool = False  # 15 photographs in place of DTD: there without a download
+
+    def __post_init__(self):
+        packed = self.patch_size * 2 ** (len(self.multipliers) - 1)
+        multiple = math.lcm(packed, 2**5)  # the segmentation network has six levels
+        network_fits(self, multiple, ("denoiser", "segmenter"))
+        divide([self.width * m for m in self.multipliers], heads=self.heads)
+        for name, (first, end) in {"s": self.t_s_range, "b": self.t_b_range}.items():
+            if not first < end <= self.steps or getattr(self, f"t_{name}") >= self.steps:
+                found = f"t_{name} and t_{name}_range"
+                raise ValueError(f"{found} must rise, and lie in the schedule's {self.steps} steps")
+        if not set(self.attention_levels) <= set(range(len(self.multipliers))):
+            found = f"attention_levels {self.attention_levels}"
+            raise ValueError(f"{found} are not among the {len(self.multipliers)} levels, from 0")
+        if self.segmentation_norm == "group" and self.segmentation_width % 4:
+            raise ValueError(f"4 groups do not divide a width of {self.segmentation_width}")
 
     @classmethod
     def paper(cls, **changes) -> "Config":
@@ -87,7 +116,7 @@ class Config:
             patch_size=max(1, image_size // 32),
             predicts="image",
             **{"segmentation_norm": "group", "draws": 8, "built_in_textures": True},
-            resample=ANTIALIASED,  # or what is thin is lost between 64 pixels
+            resample="antialiased",  # or what is thin is lost between 64 pixels
         )
         return replace(tiny, **changes)
 
@@ -261,12 +290,6 @@ class DiffusionAD(Detector):
     def __init__(self, config: Config | None = None):
         super().__init__(config)
         config, self.textures = self.config, None
-        packed = config.patch_size * 2 ** (len(config.multipliers) - 1)
-        multiple = math.lcm(packed, 2**5)  # the segmentation network has six levels
-        if (side := config.image_size) % multiple:
-            raise ValueError(f"image_size must be a multiple of {multiple}, not {side}")
-        if config.draws < 1:
-            raise ValueError(f"draws must be at least 1, not {config.draws}")
         self.schedule = Schedule.named(config.schedule, config.steps)
         size = config.width, config.multipliers, config.blocks, config.attention_levels
         channels = 3 * config.patch_size**2

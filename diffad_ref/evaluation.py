@@ -55,7 +55,7 @@ def evaluate(
     """Judge a detector on a data set with good and defective images.
 
     Raises ValueError for no or unlabelled images, only good or only defective ones, a category that
-    the detector does not know, and NaN or a wrong shape in what it returns.
+    the detector does not know, and as `judged`.
 
     Parameters
     ----------
@@ -65,39 +65,55 @@ def evaluate(
     dataset : Dataset
         Samples as of `AnomalyFolder`; without masks only image metrics are computed.
     seed, protocol, precision
-        Of the noise: the same seed and batch size give the same report on the same machine. One of
+        Of the noise; the batch size has no say, see `Detector.predict`. One of
         `tools.protocols.PROTOCOLS`: judge as a released code does. See `precision_on`.
     """
     if protocol is not None:
         dataset = protocol.with_its_masks(dataset)
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there is nothing to evaluate")
-    bits = {} if precision == "float32" else {"precision": precision}
-    images, maps, masks, seconds = _predict_all(detector, dataset, batch_size, seed, progress, bits)
+    way = {"seed": seed, "precision": precision, "progress": progress}
+    images, maps, masks, seconds = _predict_all(detector, dataset, batch_size, way)
     tables = _tables(images, maps, masks, protocol)
     name, way = type(detector).__name__, protocol.name if protocol else "exact"
     return Report(*tables, images, name, way, seed, precision, seconds / len(images), maps, masks)
 
 
-def _predict_all(detector, dataset, batch_size: int, seed: int, progress: bool, options: dict):
+def judged(
+    detector, dataset, batch_size=32, index_of=None, seed=0, precision="float32", progress=True
+):
+    """Predict the images of a data set; yields each batch, the `Prediction`, and its seconds.
+
+    `index_of` a batch are the classes of its images, for detectors that must know. Raises
+    ValueError for NaN, infinity or a wrong shape in what the detector returns.
+    """
+    device, bits = detector.device, {} if precision == "float32" else {"precision": precision}
+    for batch in tqdm(DataLoader(dataset, batch_size, **loading(device)), disable=not progress):
+        x, index = batch["image"].to(device), index_of(batch) if index_of else None
+        start = _now(device)
+        prediction = detector.predict(x, index, seeded(device, seed), **bits)
+        seconds = _now(device) - start
+        _check(prediction, batch)
+        yield batch, prediction, seconds
+
+
+def _predict_all(detector, dataset, batch_size: int, way: dict):
     """A row for each image, maps (N, H, W), masks (N, H, W) and the seconds it took."""
     from pandas import DataFrame, concat
 
-    device, known = detector.device, list(getattr(detector, "categories", ()))
-    rows, maps, masks, seconds = [], [], [], 0.0
-    loader = DataLoader(dataset, batch_size, **loading(device))
-    batches = tqdm(loader, "evaluate", disable=not progress)
-    for number, batch in enumerate(batches):
+    known = list(getattr(detector, "categories", ()))
+    rows, maps, masks, total = [], [], [], 0.0
+
+    def index_of(batch: dict) -> Tensor:
         if "unlabelled" in batch["kind"]:
             raise ValueError("the images are unlabelled: they can be predicted, not evaluated")
         if strange := sorted(set(batch["category"]) - set(known or batch["category"])):
             raise ValueError(f"the detector never saw {strange}; it knows {known}")
         index = [known.index(c) for c in batch["category"]] if known else batch["category_index"]
-        x, index = batch["image"].to(device), torch.as_tensor(index, device=device)
-        start = _now(device)
-        prediction = detector.predict(x, index, seeded(device, seed, number), **options)
-        seconds += _now(device) - start
-        _check(prediction, batch)
+        return torch.as_tensor(index, device=detector.device)
+
+    for batch, prediction, seconds in judged(detector, dataset, batch_size, index_of, **way):
+        total += seconds
         maps.append(prediction.anomaly_map.float().cpu())
         masks.append(batch.get("mask", 0 * maps[-1][:, None])[:, 0] > 0.5)
         row = {name: batch[name] for name in ("path", "category", "kind") if name in batch}
@@ -105,7 +121,7 @@ def _predict_all(detector, dataset, batch_size: int, seed: int, progress: bool, 
     images = concat([DataFrame(row) for row in rows], ignore_index=True)
     if root := getattr(dataset, "root", None):  # a report may travel
         images["path"] = [Path(path).relative_to(root).as_posix() for path in images["path"]]
-    return images, torch.cat(maps), torch.cat(masks), seconds
+    return images, torch.cat(maps), torch.cat(masks), total
 
 
 def _tables(images: DataFrame, maps: Tensor, masks: Tensor, protocol) -> tuple:
@@ -155,10 +171,11 @@ def _check(prediction, batch: dict) -> None:
     if maps.shape != (count, height, width) or scores.shape != (count,):
         found = f"maps {tuple(maps.shape)} and scores {tuple(scores.shape)}"
         raise ValueError(f"the detector returned {found}; expected maps {(count, height, width)}")
-    broken = (maps.flatten(1).isnan().any(1) | scores.isnan()).tolist()
-    if any(broken):
-        names = sorted({c for c, b in zip(batch["category"], broken, strict=True) if b})
-        raise ValueError(f"the detector returned NaN for images of {', '.join(names)}")
+    whole = (maps.flatten(1).isfinite().all(1) & scores.isfinite()).tolist()
+    if not all(whole):
+        names = sorted({c for c, good in zip(batch["category"], whole, strict=True) if not good})
+        found = f"NaN or infinity for images of {', '.join(names)}"
+        raise ValueError(f"the detector returned {found}: are its weights whole?")
 
 
 def _now(device: torch.device) -> float:

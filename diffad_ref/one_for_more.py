@@ -10,16 +10,34 @@ arXiv 2502.19848. Formulas O1-O4.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from diffad_ref.anomaly_masked import AnomalyMaskedNetwork, anomaly_masked_loss
 from diffad_ref.checkpoints import load_shipped, load_weights
 from diffad_ref.codecs import CodecConfig, build_codec
-from diffad_ref.detector import Detector, Prediction, Rate, Stage
+from diffad_ref.detector import (
+    Count,
+    Detector,
+    Levels,
+    Natural,
+    NotNegative,
+    Positive,
+    Prediction,
+    Range,
+    Rate,
+    Share,
+    Stage,
+    Stages,
+    checked,
+    network_fits,
+    ordered,
+)
 from diffad_ref.diffusion import Draw, Schedule, add_noise, ddim_times, ddim_walk, implied_noise
 from diffad_ref.maps import feature_distance, features_of, gaussian_filter
 from diffad_ref.networks import latent_unet, stable_diffusion
@@ -29,58 +47,73 @@ PHOTOGRAPHS = "photographs"  # the tiny profile's stand-in for it: shipped, trai
 PAPER_RATES = {"unet": Rate(1e-5), "condition": Rate(1e-5)}
 
 
-@dataclass(frozen=True)
+@checked
 class Pasting:
     """How patches are pasted; the defaults are those of One-for-More."""
 
-    share: float = 0.5  # of images that get any patch
-    most: int = 4  # patches an image; the first always, each further one with p = 0.5
-    size: tuple[float, float] = (0.03, 0.4)  # half-width of a patch, as a share of the side
-    scale: tuple[float, float] = (0.7, 1.3)  # by which it is resized
-    source: str = "batch"  # patches come from another image of it, or of "class", or "itself"
+    share: Share = 0.5  # of images that get any patch
+    most: Count = 4  # patches an image; the first always, each further one with p = 0.5
+    size: Range = (0.03, 0.4)  # half-width of a patch, as a share of the side
+    scale: Annotated[tuple[Positive, Positive], ordered] = (0.7, 1.3)  # by which it is resized
+    # Patches come from another image of it, or of the same class, or from the image itself.
+    source: Literal["batch", "class", "itself"] = "batch"
 
 
-@dataclass(frozen=True)
+@checked
 class Config:
     """Sizes and settings; the defaults are the paper's (or its released code's)."""
 
-    image_size: int = 256  # pixels
+    image_size: Count = 256  # pixels
     start: str | None = STABLE_DIFFUSION  # a name, a folder, PHOTOGRAPHS; None: from scratch
     codec: CodecConfig = CodecConfig(pretrained=STABLE_DIFFUSION, subfolder="vae")
     # U-Net: Stable Diffusion 1.5.
-    width: int = 320
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    blocks: int = 2  # residual blocks a level
-    heads: int = 8  # at every level
-    prompt: tuple[int, int] = (77, 768)  # tokens and channels of the empty prompt's embedding
-    norm_groups: int = 32
+    width: Count = 320
+    multipliers: Levels = (1, 2, 4, 4)
+    blocks: Count = 2  # residual blocks a level
+    heads: Count = 8  # at every level
+    prompt: tuple[Count, Count] = (77, 768)  # tokens and channels of the empty prompt's embedding
+    norm_groups: Count = 32
     # Anomaly-masked network.
-    condition_layers: int = 8
-    condition_heads: int = 8
-    feed_forward: int = 1025
-    dropout: float = 0.1
-    window: tuple[int, int] | None = (7, 7)  # neighbourhood that attention may not see
-    condition_channels: tuple[int, ...] = (16, 16, 32, 32, 96, 96, 256)
-    condition_strides: tuple[int, ...] = (1, 1, 2, 1, 2, 1, 2, 1)
-    masked_weight: float = 1.0  # of the anomaly-masked loss
+    condition_layers: Count = 8
+    condition_heads: Count = 8
+    feed_forward: Count = 1025
+    dropout: Share = 0.1
+    window: tuple[Count, Count] | None = (7, 7)  # neighbourhood that attention may not see
+    condition_channels: tuple[Count, ...] = (16, 16, 32, 32, 96, 96, 256)
+    condition_strides: tuple[Count, ...] = (1, 1, 2, 1, 2, 1, 2, 1)
+    masked_weight: NotNegative = 1.0  # of the anomaly-masked loss
     pasting: Pasting = Pasting()
     # Diffusion.
     schedule: str = "scaled_linear"
-    steps: int = 1000  # T
-    walk: int = 10  # steps of the reconstruction
-    level: int | None = None  # to which z is noised; None: the walk's first. Released: 999
+    steps: Count = 1000  # T
+    walk: Count = 10  # steps of the reconstruction
+    level: Natural | None = None  # to which z is noised; None: the walk's first. Released: 999
     end_clean: bool = True  # end at the estimate itself; released: at the schedule's first level
     # Comparison.
-    stages_compared: tuple[int, ...] = (1, 2, 3)  # of the ResNet
-    sigma: float = 5.0  # pixels, of the map's smoothing
-    gamma: float = 0.999  # share of a task's energy that the memory protects
-    every: int = 10  # the memory gathers over every so-manyth training image
+    stages_compared: tuple[Annotated[Natural, Field(le=4)], ...] = (1, 2, 3)  # of the ResNet
+    sigma: NotNegative = 5.0  # pixels, of the map's smoothing
+    gamma: Share = 0.999  # share of a task's energy that the memory protects
+    every: Count = 10  # the memory gathers over every so-manyth training image
     features: str = "resnet50"  # or any other network that timm has pretrained; or "patches"
-    stages: tuple[Stage, ...] = (
-        Stage("task", None, 12, PAPER_RATES, "adamw", weight_decay=1e-2, epochs=500),
-    )
+    stages: Stages = (Stage("task", None, 12, PAPER_RATES, "adamw", weight_decay=1e-2, epochs=500),)
     # Only for tiny; the paper has the defaults.
-    predicts: str = "noise"  # or the clean "latent": few channels cannot carry noise
+    predicts: Literal["noise", "latent"] = "noise"  # the clean one: few channels carry no noise
+
+    def __post_init__(self):
+        factor, width = self.codec.factor, self.width
+        network_fits(self, factor * 2 ** (len(self.multipliers) - 1), ("unet", "condition"))
+        if math.prod(self.condition_strides) != factor:
+            raise ValueError(f"the product of condition_strides must be {factor}")
+        if len(self.condition_strides) != len(self.condition_channels) + 1:
+            raise ValueError("condition_strides has one more than condition_channels: the width's")
+        if width % self.condition_heads or width % 2:
+            raise ValueError(f"condition_heads, and 2, must divide the width of {width}")
+        if ddim_times(self.steps, self.walk)[0] >= self.steps:
+            raise ValueError(f"a walk of {self.walk} steps would leave the schedule's {self.steps}")
+        if self.level is not None and self.level >= self.steps:
+            raise ValueError(f"level must be below the schedule's {self.steps} steps")
+        if self.features == "patches" and self.image_size < 20:
+            raise ValueError("patches are compared in images of 20 pixels or more")
 
     @classmethod
     def paper(cls, **changes) -> "Config":
@@ -241,17 +274,6 @@ class OneForMore(Detector):
     def __init__(self, config: Config | None = None):
         super().__init__(config)
         c = self.config
-        multiple = c.codec.factor * 2 ** (len(c.multipliers) - 1)
-        if math.prod(c.condition_strides) != c.codec.factor:
-            raise ValueError(f"the product of condition_strides must be {c.codec.factor}")
-        if c.image_size % multiple:
-            raise ValueError(f"image_size must be a multiple of {multiple}, not {c.image_size}")
-        if ddim_times(c.steps, c.walk)[0] >= c.steps:
-            raise ValueError(f"a walk of {c.walk} steps would leave the schedule's {c.steps}")
-        if c.predicts not in ("noise", "latent"):
-            raise ValueError(f"predicts is noise or latent, not {c.predicts!r}")
-        if c.pasting.source not in ("batch", "class", "itself"):
-            raise ValueError(f"patches come from batch, class or itself, not {c.pasting.source!r}")
         self.schedule = Schedule.named(c.schedule, c.steps)
         self.codec = build_codec(c.codec)
         size = c.width, c.multipliers, c.blocks, c.heads, c.prompt, c.norm_groups

@@ -8,6 +8,7 @@ in a step waits for a GPU; what it computed is read every so many steps.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,8 +25,10 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from diffad_ref.checkpoints import (
+    claimed,
     differences,
     load_weights,
+    parse_json,
     read_metadata,
     read_tensors,
     write_tensors,
@@ -78,7 +81,7 @@ def fit(
     """Train a detector, in place, by the stages of its config; it ends in evaluation mode.
 
     Raises ValueError for empty data, a loss that is not finite, a precision that the device lacks,
-    an `out` of another run, and a GPU whose memory is too small.
+    an `out` of another run or that another process writes to, and a GPU whose memory is too small.
 
     Parameters
     ----------
@@ -102,6 +105,11 @@ def fit(
     """
     if len(dataset) == 0:
         raise ValueError("there is nothing to train on: the data set is empty")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"ema is a decay between 0 and 1, such as 0.999, not {ema}")
+    if not 0 <= rate < math.inf or min(1 if steps is None else steps, save_every) < 1:
+        found = f"rate {rate}, steps {steps}, save_every {save_every}"
+        raise ValueError(f"rate is a number from 0, steps and save_every from 1: {found}")
     there = meet(device).device
     device = torch.device(device or there)
     world, rank = processes()
@@ -110,24 +118,25 @@ def fit(
     wanted["checkpointing"] = checkpointing or None
     wanted = {name: value for name, value in wanted.items() if value is not None}
     stages = plan_stages(detector.stages, len(dataset), world, steps, rate, **wanted)
-    detector.to(device)
-    detector.categories = tuple(getattr(dataset, "categories", detector.categories))
-    run = _Run(detector, Path(out) / STATE if out else None, writes=rank == 0)
-    run.resume(
-        method=type(detector).__name__,
-        stages=[asdict(stage) for stage in stages],
-        config=asdict(detector.config),
-        categories=detector.categories,
-        data=dataset.fingerprint() if hasattr(dataset, "fingerprint") else len(dataset),
-        **{"seed": seed, "precision": precision, "ema": ema, "processes": world},
-        **detector.identity(),
-    )
-    if run.stage == run.step == 0:
-        detector.prepare(dataset)
-    if compile:
-        detector.compile()
-    feed = Feed(dataset, device, num_workers, progress and rank == 0)
-    with torch.random.fork_rng(None if device.type == "cuda" else []):
+    held = claimed(Path(out)) if out and rank == 0 else nullcontext()
+    with held, torch.random.fork_rng(None if device.type == "cuda" else []):
+        detector.to(device)
+        detector.categories = tuple(getattr(dataset, "categories", detector.categories))
+        run = _Run(detector, Path(out) / STATE if out else None, writes=rank == 0)
+        run.resume(
+            method=type(detector).__name__,
+            stages=[asdict(stage) for stage in stages],
+            config=asdict(detector.config),
+            categories=detector.categories,
+            data=dataset.fingerprint() if hasattr(dataset, "fingerprint") else len(dataset),
+            **{"seed": seed, "precision": precision, "ema": ema, "processes": world},
+            **detector.identity(),
+        )
+        if run.stage == run.step == 0:
+            detector.prepare(dataset)
+        if compile:
+            detector.compile()
+        feed = Feed(dataset, device, num_workers, progress and rank == 0)
         for number in range(run.stage, len(stages)):
             stage, key = stages[number], [seed, number]
             optimizer = run.begin(number, stage, ema, chosen)
@@ -264,7 +273,9 @@ class _Run:
         self.identity = json.loads(json.dumps(identity))  # as it looks after a round trip
         if self.path is None or not self.path.exists():
             return
-        state = json.loads(read_metadata(self.path)["state"])
+        text = read_metadata(self.path).get("state", "{}")
+        kinds = {"identity": dict, "stage": int, "step": int, "scaler": dict}
+        state = parse_json(text, self.path, **kinds, history=list[dict[str, int | float | str]])
         different = differences(state["identity"], self.identity)
         if different:
             found = f"{self.path.parent} holds another run (different {', '.join(different)})"

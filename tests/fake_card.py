@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffad_ref
-from diffad_ref import anomalies, continual, data, evaluation, maps, training
+from diffad_ref import anomalies, continual, data, detector, evaluation, maps, training
 
 PACKAGE = Path(diffad_ref.__file__).parent
 ATEN = torch.ops.aten
@@ -137,6 +137,7 @@ def fake_card(bf16: bool = True):
     stack.enter_context(patch.object(available, "amp_definitely_not_available", lambda: False))
     for room in (training, evaluation, continual):
         stack.enter_context(patch.object(room, "seeded", lambda *_: torch.Generator()))
+    stack.enter_context(patch.object(detector, "for_each", lambda images, g: g))  # no pixel is real
     stack.enter_context(patch.object(data, "ThreadPoolExecutor", Alone))
     kept = (
         maps._blur,

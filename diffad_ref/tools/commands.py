@@ -7,6 +7,7 @@ comments as help; `run` does what they say.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -18,21 +19,29 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from pandas import DataFrame
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from pydantic import ValidationError
 from tyro.conf import Positional, arg, create_mutex_group
 
 import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
-from diffad_ref.checkpoints import read_description, write_text
+from diffad_ref.checkpoints import (
+    check_writable,
+    read_description,
+    read_json,
+    said,
+    weights_path,
+    write_text,
+    write_whole,
+)
 from diffad_ref.continual import GAMMA, PROTECTIONS, check_tasks
+from diffad_ref.data import SUFFIXES
 from diffad_ref.detector import PRECISIONS, precision_on
-from diffad_ref.diffusion import seeded
+from diffad_ref.evaluation import judged
 from diffad_ref.tools import baselines, options, plan, reproduce, settings, tables
 from diffad_ref.tools.intervals import intervals
 from diffad_ref.tools.latents import CachedLatents
 from diffad_ref.tools.memory import peak_memory
-from diffad_ref.tools.options import Count, Model, Names, Root, Settings, Training, Weights
+from diffad_ref.tools.options import Count, Model, Names, Root, Settings, Threads, Training, Weights
 from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
 from diffad_ref.tools.records import add_to_record, megabytes, versions
@@ -49,7 +58,7 @@ FORM = create_mutex_group(required=False, title="form")
 class Command:
     """What all commands know."""
 
-    threads: Count | None = None  # CPU threads; fewer can be faster
+    threads: Threads | None = None  # CPU threads; fewer can be faster
 
     def show(self, plain, *texts) -> None:
         """Print JSON if the command was asked for it, else the texts."""
@@ -161,6 +170,7 @@ class Continual(Command):
     def run(self, command: str) -> None:
         tasks = ORDERS[self.order] if self.order else [task.split(",") for task in self.tasks]
         check_tasks(tasks)
+        check_writable(self.save)
         config = self.model.config()
         names = ("protection", "gamma", "every", "later_rate", "later_steps")
         result = da.fit_continual(
@@ -179,7 +189,7 @@ class Continual(Command):
         print(tables.summarise({self.protection: result}))
         if self.save:
             entries = {"commands": [command], "versions": versions()}
-            gamma = self.gamma or getattr(config, "gamma", GAMMA)
+            gamma = getattr(config, "gamma", GAMMA) if self.gamma is None else self.gamma
             entries |= {"gamma": gamma, "continual": asdict(result)}
             write_text(json.dumps(entries, indent=1), self.save)
 
@@ -205,6 +215,8 @@ class Evaluate(Command):
     def run(self, command: str) -> None:
         if self.record and self.protocol != "exact":
             raise ValueError("--record keeps exact metrics: with --protocol use --save")
+        beside = weights_path(self.weights).with_suffix(".json") if self.record else None
+        check_writable(self.save, self.pictures, beside)
         start = time.time()
         detector, data, commands = self._baseline() if self.weights in BASELINES else self._loaded()
         learned = {"training seconds": time.time() - start} if self.weights in BASELINES else {}
@@ -231,7 +243,7 @@ class Evaluate(Command):
             add_to_record(self.weights, found)
         if self.pictures:
             figure = da.plots.best_and_worst(report, data)
-            figure.savefig(self.pictures, format="png", dpi=150)
+            write_whole(self.pictures, lambda path: figure.savefig(path, format="png", dpi=150))
 
     def _baseline(self):
         if self.set or self.record:
@@ -269,10 +281,8 @@ class Compare(Command):
             name = path.stem.replace("_", " ")
             if name in reports:
                 raise ValueError(f"two reports are called {name!r}: give the files different names")
-            try:
-                reports[name] = tables.from_plain(json.loads(path.read_text("utf-8"))["report"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path} is no report that `evaluate --save` wrote") from error
+            found = read_json(path, report=tables.REPORT)["report"]
+            reports[name] = tables.from_plain(found)
         table = tables.compare(reports)
         texts = [table]
         for metric in ("image_auroc", "pixel_ap"):
@@ -366,6 +376,8 @@ class Predict(Command):
     def run(self, command: str) -> None:
         detector = da.load(self.weights).to(meet().device)
         data, folder = self._data(detector)
+        table, sheet = self.out / "scores.csv", self.out / "sheet.html"
+        check_writable(table, sheet)
         maps, scores = self._maps_and_scores(detector, data)
         limits = (0.0, max(1.0, maps.max().item()))  # one scale for all; most methods end at 1
         rows = []
@@ -374,19 +386,25 @@ class Predict(Command):
             row = {"path": sample["path"], "name": name, "score": score}
             rows.append(row | {"map": name.with_name(f"{name.name}_map.png")})
             path = self.out / rows[-1]["map"]
-            path.parent.mkdir(parents=True, exist_ok=True)
             da.plots.save_heat_map(sample["image"], anomaly_map, path, limits)
-        table, sheet = self.out / "scores.csv", self.out / "sheet.html"
         write_sheet(rows, sheet, f"{len(rows)} images, {folder.name}")
         frame = DataFrame(rows).drop(columns="name")
-        text = frame[["path", "score"]].to_csv(index=False, float_format="%.6f")
-        write_text(text, table)
-        self.show(frame.to_dict("records"), table, sheet)
+        listed = frame[["path", "score"]].assign(path=frame["path"].map(_no_formula))
+        write_text(listed.to_csv(index=False, float_format="%.6f"), table)
+        self.show(frame.to_dict("records"), f"{len(rows)} images judged", table, sheet)
 
     def _data(self, detector: da.Detector):
         """The images as the detector judges them, and the folder from which they are named."""
         if not self.images.is_file():
-            return detector.from_folders(test=self.images), self.images
+            data, out = detector.from_folders(test=self.images), self.out.resolve()
+            own = [s for s in data.samples if _is_heat_map(s.path) or out in s.path.parents]
+            data.samples = [s for s in data.samples if s not in own]
+            if own:
+                note = f"{len(own)} images are left out: they are heat maps, or in {self.out}"
+                print(f"diffad_ref: {note}", file=sys.stderr)
+            if not data.samples:
+                raise ValueError(f"{self.images} holds nothing but heat maps")
+            return data, self.images
         folder = self.images.parent  # it may have others: an image alone has no kind
         data = detector.from_folders(good=folder, texture=False, **detector.view("test"))
         data.samples = [sample for sample in data.samples if sample.path == self.images]
@@ -400,13 +418,26 @@ class Predict(Command):
         if self.category is not None and self.category not in known:
             raise ValueError(f"unknown category {self.category!r}; known: {', '.join(known)}")
         index = None if self.category is None else known.index(self.category)
-        for number, batch in enumerate(tqdm(DataLoader(data, self.batch_size), "predict")):
-            generator = seeded(detector.device, self.seed, number)
-            indices = None if index is None else torch.full((len(batch["image"]),), index)
-            prediction = detector.predict(batch["image"], indices, generator, self.precision)
+
+        def index_of(batch: dict):
+            return None if index is None else torch.full((len(batch["image"]),), index)
+
+        way = {"batch_size": self.batch_size, "seed": self.seed, "precision": self.precision}
+        for _, prediction, _ in judged(detector, data, index_of=index_of, **way):
             maps.append(prediction.anomaly_map.half().cpu())
             scores += prediction.score.tolist()
         return torch.cat(maps).float(), scores
+
+
+def _is_heat_map(path: Path) -> bool:
+    """Whether an image is named as a prediction names its maps: part.png_map.png."""
+    inner = path.name.removesuffix("_map.png")
+    return inner != path.name and Path(inner).suffix.lower() in SUFFIXES
+
+
+def _no_formula(path: str) -> str:
+    """A path as a spreadsheet may show it: what begins with such a sign would be computed."""
+    return f"./{path}" if path[0] in "=+-@\t\r" else path
 
 
 def _rows(table: tables.Shown) -> list[dict]:
@@ -426,13 +457,18 @@ def main(argv: list[str] | None = None) -> int:
         args=argv,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
     )
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     try:
+        if chosen.threads:
+            torch.set_num_threads(chosen.threads)
         chosen.run("python -m diffad_ref " + shlex.join(argv))
+        sys.stdout.flush()  # here, where a reader that is gone is known
+    except BrokenPipeError:  # whoever read has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError) as error:
-        said = str(error).rsplit(f"\n{type(error).__name__}: ", 1)[-1]  # of a process that loads
-        print(f"diffad_ref: {said.rstrip()}", file=sys.stderr)
+        words = said(error) if isinstance(error, ValidationError) else str(error)
+        words = words.rsplit(f"\n{type(error).__name__}: ", 1)[-1]  # of a process that loads
+        print(f"diffad_ref: {words.rstrip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("diffad_ref: stopped; a training goes on where it was saved", file=sys.stderr)

@@ -67,7 +67,9 @@ class CachedLatents(Dataset):
         else:
             posteriors = _posteriors(dataset, codec, batch_size, progress)
             write_tensors({"posterior": posteriors.contiguous()}, self.path, wanted)
-        self.posteriors = read_tensors(self.path)["posterior"]
+        self.posteriors = read_tensors(self.path).get("posterior")
+        if self.posteriors is None or len(self.posteriors) != len(dataset):
+            raise ValueError(f"{self.path} holds no latents of {len(dataset)} images; delete it")
 
     def __len__(self) -> int:
         return len(self.posteriors)

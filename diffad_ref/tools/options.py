@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,16 +21,21 @@ LAYOUT = "a folder in the MVTec layout (<category>/train/good, test/...), or the
 CHANGE = "change a setting of the config, value as JSON: corruption.mask_ratio=[0,0.3]"
 
 
-def _count(words: list[str]) -> int:
-    number = int(words[0])
-    if number < 1:
-        raise ValueError(f"must be at least 1, not {number}")
-    return number
+def _number(most: float = math.inf):
+    """How `tyro` reads a whole number from 1 to the most that is allowed."""
+
+    def read(words: list[str]) -> int:
+        number = int(words[0])
+        if not 1 <= number <= most:
+            limit = "at least 1" if number < 1 else f"at most {most}"
+            raise ValueError(f"must be {limit}, not {number}")
+        return number
+
+    return PrimitiveConstructorSpec(1, "N", read, lambda n: 1 <= n <= most, lambda n: [str(n)])
 
 
-Count = Annotated[
-    int, PrimitiveConstructorSpec(1, "N", _count, lambda n: n >= 1, lambda n: [str(n)])
-]
+Count = Annotated[int, _number()]
+Threads = Annotated[int, _number(1024)]  # more, and the system may not give them
 Root = Annotated[str, Positional, arg(metavar="DATA", help=LAYOUT)]
 Weights = Annotated[str, Positional, arg(metavar="WEIGHTS")]
 Names = Annotated[list[str] | None, arg(metavar="NAME [NAME ...]")]
@@ -84,7 +90,7 @@ def changed(config, settings: tuple[str, ...]):
         _change(plain, setting)
     try:
         return config_of(type(config), plain)
-    except (AttributeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"--set {' '.join(settings)}: {error}") from error
 
 

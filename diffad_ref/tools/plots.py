@@ -11,6 +11,7 @@ import html
 import inspect
 import io
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,6 +22,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from diffad_ref.checkpoints import write_whole
 from diffad_ref.metrics import Ranking
 
 # Okabe and Ito's colours, which readers with any colour vision can tell apart.
@@ -341,7 +343,8 @@ def save_heat_map(image, anomaly_map, path, limits: tuple[float, float] = (0.0, 
     colours = plt.get_cmap(MAP_COLOURS)(heat[..., 0])[..., :3]
     overlay = picture * (1 - 0.75 * heat) + colours * 0.75 * heat
     both = np.concatenate([picture, overlay], 1)
-    Image.fromarray((both * 255).round().astype(np.uint8)).save(path)
+    picture = Image.fromarray((both * 255).round().astype(np.uint8))
+    write_whole(Path(path), lambda unfinished: picture.save(unfinished, "PNG"))
 
 
 def _numpy(values) -> np.ndarray:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,7 +23,7 @@ from pandas import Timedelta
 
 import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
-from diffad_ref.checkpoints import differences, read_description, write_text
+from diffad_ref.checkpoints import claimed, differences, read_description, read_json, write_text
 from diffad_ref.continual import HARMLESS
 from diffad_ref.detector import Detector, precision_on
 from diffad_ref.metrics import METRICS
@@ -85,6 +86,10 @@ class Experiment:
     def run(self, command: str = "") -> str:
         """Train and judge; gives the table, which is in `out` as well."""
         self._check()
+        with claimed(self.out) if meet().is_main_process else nullcontext():
+            return self._run(command)
+
+    def _run(self, command: str) -> str:
         whole = setting_of(self.paper, self.name)
         setting = only(whole, self.only)
         check_data(setting, self.root)
@@ -92,7 +97,7 @@ class Experiment:
         data = [detector.folder(self.root, "train", categories=g) for g in setting.groups]
         of_recipe = partial(_share, detector, data, self.budget, self.training)
         identity = self._identity(detector, setting, data)
-        share = _claim(self.out / "reproduce.json", identity, of_recipe)
+        share = _share_of(self.out / "reproduce.json", identity, of_recipe)
         detector.stages = tuple(shortened(stage, share) for stage in detector.stages)
         judge, start = _continual if self.paper == "one_for_more" else _apart, time.time()
         places = self.root, self.out, PROTOCOLS[self.paper], self.training
@@ -170,13 +175,13 @@ def shortened(stage: da.Stage, share: float) -> da.Stage:
     return replace(stage, steps=max(1, round(stage.steps * share)), lr=lr)
 
 
-def _claim(path: Path, identity: dict, share) -> float:
+def _share_of(path: Path, identity: dict, share) -> float:
     """Write down what a folder's run is, with the share of its recipe; or refuse another's."""
     identity = json.loads(json.dumps(identity))  # as it looks after a round trip
     there = path.exists()
     meet().wait_for_everyone()  # before one of them writes it
     if there:
-        before = json.loads(path.read_text("utf-8"))
+        before = read_json(path, identity=dict, share=float)
         if different := differences(before["identity"], identity):
             found = f"{path.parent} holds another run (different {', '.join(different)})"
             raise ValueError(f"{found}; choose another folder, or delete it to start anew")
@@ -236,12 +241,13 @@ def _apart(detector, setting, data, root, out, protocol, training) -> dict:
         if not there:
             _one_model(deepcopy(detector), group, train, root, folder, protocol, training)
             meet().wait_for_everyone()
-        found.append(json.loads((folder / "result.json").read_text("utf-8")))
+        kinds = {"here": tables.REPORT, "protocol": tables.REPORT, "steps": int}
+        found.append(read_json(folder / "result.json", megabytes=float, **kinds))
     reports = {
         way: tables.joined([tables.from_plain(r[way]) for r in found])
         for way in ("here", "protocol")
     }
-    seconds = [r["training seconds"] for r in found]
+    seconds = [r.get("training seconds") for r in found]
     cost = {"training seconds": None if None in seconds else sum(seconds)}
     cost["megabytes"] = sum(r["megabytes"] for r in found)
     steps = sum(r["steps"] for r in found)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import pandas as pd
 from pandas import DataFrame
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from diffad_ref.continual import Continual
 from diffad_ref.evaluation import Report
@@ -213,6 +216,14 @@ def summarise(runs: dict[str, Continual], metrics=("image_auroc", "pixel_ap")) -
 
 
 # ---------------------------------------------------------------------------------------- as JSON
+
+
+ROW = {"category": str} | dict.fromkeys(METRICS, float | None) | dict.fromkeys(COUNTS, float)
+ROWS = Annotated[list[TypedDict("ROW", ROW)], Field(min_length=2)]  # a category, and the mean
+KINDS = list[TypedDict("KIND", ROW | {"kind": str})]
+REPORT = {"detector": str, "protocol": str, "seed": int, "precision": str}
+REPORT |= {"seconds_per_image": float, "table": ROWS, "kinds": KINDS, "images": list[dict]}
+REPORT = TypedDict("REPORT", REPORT, total=False)
 
 
 def to_plain(report: Report) -> dict:
