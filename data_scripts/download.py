@@ -274,13 +274,17 @@ def require_space(folder: Path, size: int, purpose: str) -> None:
 def safe_path(name: str) -> PurePosixPath:
     """A relative path out of a name that somebody else chose.
 
-    Raises DataError if it is absolute, climbs with "..", or holds control characters.
+    Raises DataError if it is absolute, climbs with "..", holds control characters, or is longer
+    than disks allow for a name (255 bytes) or than any data set needs for a path.
     """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     climbs = any(part.rstrip(" .") == "" for part in parts)  # Windows drops dots and spaces
     absolute = name.startswith(("/", "\\")) or PureWindowsPath(name).drive
     if climbs or absolute or any(ord(character) < 32 for character in name):
         raise DataError(f"{name!r} is refused: it would leave its folder")
+    size, longest = len(os.fsencode(name)), max((len(os.fsencode(p)) for p in parts), default=0)
+    if longest > 255 or size > 1000:
+        raise DataError(f"{name[:40]!r}... is refused: a name of {size:,} bytes is too long")
     return PurePosixPath(*parts)
 
 
@@ -326,6 +330,8 @@ def _unpack_all(archive: Path, folder: Path, limit: int) -> None:
         if kind not in ("file", "folder"):
             raise DataError(f"{archive} is refused: {name!r} is {kind}")
         path = safe_path(name)
+        if kind == "file" and not path.parts:
+            raise DataError(f"{archive} is refused: one of its files has no name")
         _claim(path, kind, seen, f"{archive} is refused: {name!r}")
         written += size
         if written > limit:
@@ -376,7 +382,8 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, str, int, Callable]]:
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
             kind = kinds.get(stat.S_IFMT(info.external_attr >> 16), "a device or special file")
-            kind = "folder" if info.is_dir() and kind == "file" else kind
+            # Not info.is_dir(), which looks for the last letter of an empty name.
+            kind = "folder" if info.filename.endswith("/") and kind == "file" else kind
             yield info.filename, kind, info.file_size, partial(file.open, info)
 
 

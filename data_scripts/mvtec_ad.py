@@ -70,8 +70,10 @@ def provide(
         Of `command_line`.
     """
     out = options.out.resolve()
-    work = out.with_name(f".{out.name}.partial")
+    work = out.parent / f".{out.name}.partial"
     try:
+        if not out.name:
+            raise DataError(f"--out {out} is the root of a disk: name a folder in it")
         if not _is_finished(out, check):
             _make(source, lay_out, check, options, out, work)
         shutil.rmtree(work, ignore_errors=True)

@@ -225,6 +225,7 @@ def test_numbers_of_images_add_up_to_those_that_are_stated():
         ("object,", "class,", "lacks object; its columns are class, split"),
         ("candle/Data/Images/Normal/0000.JPG", "candle/gone.JPG", "names 'candle/gone.JPG', but"),
         ("candle/Data/Images/Normal/0000.JPG", "../../x", "'../../x' is refused"),
+        ("candle/Data/Images/Normal/0000.JPG", "candle/" + "a" * 300, "of 307 bytes is too long"),
         ("candle,test,anomaly", "candle,train,anomaly", "0004.JPG', anomaly, in 'train'"),
         ("Normal/0001.JPG", "Normal/0000.JPG", "as another file of its folder has"),
     ],
@@ -386,6 +387,12 @@ def test_target_that_is_not_whole_is_not_touched(raw, tmp_path, capsys):
     line = fails(capsys, "mvtec_ad", *arguments)
     assert "not whole (wrong number of images: screw has 2 train instead of 3" in line
     assert times(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_root_of_a_disk_is_no_folder_to_make(tmp_path, capsys, name):
+    line = fails(capsys, name, "--archive", tmp_path, "--out", tmp_path.anchor)
+    assert "is the root of a disk" in line
 
 
 def test_disk_without_hard_links_gets_copies(raw, tmp_path, monkeypatch):

@@ -402,6 +402,32 @@ def test_name_that_leads_out_of_the_folder_is_refused(tmp_path, refused, ending,
     refused(archive, r"is refused: it would leave")
 
 
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+@pytest.mark.parametrize("name", ["a" * 256, "é" * 128, "a/" * 400 + "b" * 201])
+def test_name_that_no_disk_takes_is_refused(tmp_path, refused, ending, name):
+    archive = pack(tmp_path / f"a.{ending}", [(name, b"1")])
+    refused(archive, f"'{name[:40]}'... is refused: a name of .* bytes is too long")
+
+
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+@pytest.mark.parametrize("name", ["", ".", ".//."])
+def test_file_without_a_name_is_refused(tmp_path, refused, ending, name):
+    archive = pack(tmp_path / f"a.{ending}", [("named", b"1")])
+    if ending == "tar":
+        pack(archive, [("named", b"1"), (name, b"2")])
+    else:  # zipfile writes none with an empty name
+        data = archive.read_bytes().replace(b"named", name.encode().ljust(5, b"\0"))
+        archive.write_bytes(data)
+    refused(archive, "is refused: one of its files has no name")
+
+
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+def test_folder_that_stands_for_the_whole_archive_is_no_refusal(tmp_path, ending):
+    top = special("./", tarfile.DIRTYPE) if ending == "tar" else ("./", b"")
+    archive = pack(tmp_path / f"a.{ending}", [top, ("./file", b"1")])
+    assert names(download.unpack(archive, tmp_path / "tree")) == {"file"}
+
+
 @pytest.mark.parametrize(
     "members, match",
     [
