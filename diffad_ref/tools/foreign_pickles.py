@@ -18,8 +18,8 @@ from torch import Tensor
 def read_foreign(path: str | os.PathLike) -> dict:
     """What `torch.save` wrote, with an inert object in place of all that is no tensor or dict.
 
-    Nothing that the file holds outlives the load, or stays on what is returned: dicts and tensors
-    are plain, without attributes that would hide their methods, and without hooks.
+    Nothing that the file holds changes a later load. Dicts within dicts and their tensors are plain
+    ones, without attributes that would hide their methods, and without hooks.
 
     Raises FileNotFoundError, or ValueError for a damaged file and one that holds no dict.
     """
@@ -54,7 +54,7 @@ def weights_under(content: dict, key: str, path: str | os.PathLike) -> dict[str,
 
 
 def _plain(value, seen: dict[int, dict]):
-    """Dicts, at any depth, and their tensors without attributes; one that is met again stays one.
+    """Dicts within dicts, and their tensors, without attributes; one that is met again stays one.
 
     Methods are those of the class, because an object's own may be hidden by its attributes.
     """
