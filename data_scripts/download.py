@@ -22,13 +22,16 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 HEADERS = {"User-Agent": "diffad_ref data scripts", "Accept-Encoding": "identity"}
@@ -69,7 +72,8 @@ def download(
     """Fetch `url` into `target`, and go on where an earlier run stopped.
 
     The bytes so far lie in `target` + ".part"; ".json" beside it holds what the server said of the
-    file (ETag, Last-Modified, size). If that has changed, the download begins anew.
+    file (ETag, Last-Modified, size). If that has changed, the download begins anew. One run at a
+    time may do this: ".lock" is there, and held, as long as it lasts.
 
     Parameters
     ----------
@@ -78,20 +82,45 @@ def download(
     sha256 : str, optional
         Expected hash, hexadecimal; a file with another one is discarded.
     size : int, optional
-        Expected bytes; a server that offers another number is refused before the transfer.
+        Expected bytes; a server that offers another number is refused before the transfer, and
+        one that names none is stopped when it sends more.
     timeout : float
         Longest silence of the server, seconds.
 
     Raises
     ------
     DataError
-        For an answer other than the file, a broken connection, too little space, a wrong hash.
+        For an answer other than the file, a broken connection, too little space, a wrong hash,
+        another run that downloads the same.
     """
     if target.is_file():
         return target
     if not url.lower().startswith(("http://", "https://")):
         raise DataError(f"the address {url!r} does not begin with http:// or https://")
     target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target):
+        if not target.is_file():  # another run may have finished just now
+            _download(url, target, sha256, size, timeout)
+    return target
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Hold the lock of a download; DataError at once if another run holds it."""
+    lock = FileLock(f"{target}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DataError(f"another run downloads {target}: wait until it has ended") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file, but filelock does so there
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+def _download(url: str, target: Path, sha256: str | None, size: int | None, timeout: float) -> None:
     part, note = (target.with_name(target.name + ending) for ending in (".part", ".json"))
     known = _read_note(note)
     have = part.stat().st_size if part.is_file() and any(known.values()) else 0
@@ -101,19 +130,19 @@ def download(
             total = found["size"]
             if None not in (size, total) and size != total:
                 raise DataError(f"{url} offers {total:,} bytes where {size:,} are expected")
+            expected = total or size
             # As much again is set aside for unpacking: images hardly shrink in an archive.
-            require_space(part.parent, 2 * (total or 0) - have, "to download and unpack it")
+            require_space(part.parent, 2 * (expected or 0) - have, "to download and unpack it")
             if not have:
                 part.unlink(missing_ok=True)  # what it holds does not go with this note
                 note.write_text(json.dumps(found), encoding="utf-8")
-            _receive(response, part, total)
+            _receive(response, part, expected)
     try:
         verify(part, sha256)
     except DataError as error:
         part.unlink()
         raise DataError(f"{error}; it was discarded, run again to fetch it anew") from None
     os.replace(part, target)
-    return target
 
 
 def _read_note(path: Path) -> dict:
@@ -152,7 +181,7 @@ def _request(url: str, start: int, known: dict, timeout: float):
         if strong or known["modified"]:
             headers["If-Range"] = strong or known["modified"]
     try:
-        return urlopen(Request(url, headers=headers), timeout=timeout)
+        return _send(Request(url, headers=headers), timeout)
     except HTTPError as error:
         error.close()
         if error.code == 416 and start:  # the file has become shorter
@@ -167,6 +196,21 @@ def _request(url: str, start: int, known: dict, timeout: float):
         raise DataError(f"cannot reach {url}: {getattr(error, 'reason', error)}") from None
 
 
+class Redirects(HTTPRedirectHandler):
+    """Follows to http and https alone, and never from https to http; HTTPError for the others."""
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        allowed = ("https",) if request.type == "https" else ("http", "https")
+        if urlsplit(url).scheme not in allowed:
+            message = f"{message} and leads to {url!r}, which is refused"
+            raise HTTPError(request.full_url, code, message, headers, response)
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+def _send(request: Request, timeout: float):
+    return build_opener(Redirects).open(request, timeout=timeout)
+
+
 def _describe(response) -> tuple[int, dict]:
     """Where the body begins in the file, and what identifies the file."""
     headers = response.headers
@@ -177,20 +221,29 @@ def _describe(response) -> tuple[int, dict]:
     return int(part[1]) if part else 0, found
 
 
-def _receive(response, part: Path, total: int | None) -> None:
-    """Append the body to `part`; whatever happens, what has arrived stays."""
+def _receive(response, part: Path, expected: int | None) -> None:
+    """Append the body to `part`; what has arrived stays, unless it is more than expected."""
     have, reason = part.stat().st_size if part.exists() else 0, ""
-    bar = partial(tqdm, total=total, initial=have, unit="B", unit_scale=True, disable=None)
+    limit = float("inf") if expected is None else expected
+    bar = partial(tqdm, total=expected, initial=have, unit="B", unit_scale=True, disable=None)
     try:
         with open(part, "ab") as file, bar(desc="download") as progress:
-            while block := response.read(1 << 16):
-                file.write(block)
+            # read1 takes what is there, where read would wait for the rest and lose it all.
+            while have <= limit and (block := response.read1(1 << 16)):
+                have += file.write(block)
+                file.flush()
                 progress.update(len(block))
     except (OSError, HTTPException) as error:
         reason = f" ({error or type(error).__name__})"
     got = part.stat().st_size
-    if reason or total not in (None, got):
-        of = "" if total is None else f" of {total:,}"
+    if got > limit:
+        part.unlink()
+        raise DataError(
+            f"the server sends more than the {expected:,} bytes that are expected; they were "
+            "discarded, run again to fetch it anew"
+        )
+    if reason or expected not in (None, got):
+        of = "" if expected is None else f" of {expected:,}"
         raise DataError(f"the download ended after {got:,}{of} bytes{reason}; run again to go on")
 
 
@@ -221,13 +274,17 @@ def require_space(folder: Path, size: int, purpose: str) -> None:
 def safe_path(name: str) -> PurePosixPath:
     """A relative path out of a name that somebody else chose.
 
-    Raises DataError if it is absolute, climbs with "..", or holds control characters.
+    Raises DataError if it is absolute, climbs with "..", holds control characters, or is longer
+    than disks allow for a name (255 bytes) or than any data set needs for a path.
     """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     climbs = any(part.rstrip(" .") == "" for part in parts)  # Windows drops dots and spaces
     absolute = name.startswith(("/", "\\")) or PureWindowsPath(name).drive
     if climbs or absolute or any(ord(character) < 32 for character in name):
         raise DataError(f"{name!r} is refused: it would leave its folder")
+    size, longest = len(os.fsencode(name)), max((len(os.fsencode(p)) for p in parts), default=0)
+    if longest > 255 or size > 1000:
+        raise DataError(f"{name[:40]!r}... is refused: a name of {size:,} bytes is too long")
     return PurePosixPath(*parts)
 
 
@@ -273,6 +330,8 @@ def _unpack_all(archive: Path, folder: Path, limit: int) -> None:
         if kind not in ("file", "folder"):
             raise DataError(f"{archive} is refused: {name!r} is {kind}")
         path = safe_path(name)
+        if kind == "file" and not path.parts:
+            raise DataError(f"{archive} is refused: one of its files has no name")
         _claim(path, kind, seen, f"{archive} is refused: {name!r}")
         written += size
         if written > limit:
@@ -323,7 +382,8 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, str, int, Callable]]:
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
             kind = kinds.get(stat.S_IFMT(info.external_attr >> 16), "a device or special file")
-            kind = "folder" if info.is_dir() and kind == "file" else kind
+            # Not info.is_dir(), which looks for the last letter of an empty name.
+            kind = "folder" if info.filename.endswith("/") and kind == "file" else kind
             yield info.filename, kind, info.file_size, partial(file.open, info)
 
 
@@ -381,7 +441,7 @@ def _fetch(source: Source, options: argparse.Namespace, work: Path) -> Path:
 def _ask_size(url: str) -> int | None:
     """The size that the server names for a file, or None."""
     try:
-        with urlopen(Request(url, headers=HEADERS, method="HEAD"), timeout=20) as response:
+        with _send(Request(url, headers=HEADERS, method="HEAD"), timeout=20) as response:
             return _describe(response)[1]["size"]
     except (OSError, HTTPException, ValueError):
         return None

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from download import DataError, Source, command_line
-from mvtec_ad import check_counts, find_folders, mark_defect, provide
+from mvtec_ad import check_counts, check_size, find_folders, mark_defect, provide
 from PIL import Image
 
 SOURCE = Source(
@@ -133,15 +133,13 @@ def write_defective(path: Path, kind: str, target: Path) -> bool:
     Raises
     ------
     FileNotFoundError, ValueError
-        If the mask is missing, or damaged or of another size.
+        If the mask is missing, or one of them is damaged or of another size.
     """
     mask_path = path.with_suffix(".png")
     if not mask_path.is_file():
         raise FileNotFoundError(f"the image {path} has no mask {mask_path.name} beside it")
     mask = mark_defect(mask_path)
-    with Image.open(path) as image:
-        if image.size != mask.shape[::-1]:
-            raise ValueError(f"{mask_path} is {mask.shape[::-1]} pixels, its image {image.size}")
+    check_size(path, mask_path, mask)
     if not mask.any():
         return False
     copy(path, target / "test" / kind)

@@ -42,6 +42,8 @@ COUNTS = {name: {"train": train, "test": test} for name, (train, test) in NUMBER
 COUNTS["all categories"] = {"train": 3629, "good": 467, "defective": 1258, "without mask": 0}
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
+# All that Pillow may take a file for: it hands PostScript, whatever its suffix, to Ghostscript.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # MPO, of some cameras, comes with JPEG
 IGNORED = ("__MACOSX",)  # what macOS adds to archives
 
 
@@ -68,8 +70,10 @@ def provide(
         Of `command_line`.
     """
     out = options.out.resolve()
-    work = out.with_name(f".{out.name}.partial")
+    work = out.parent / f".{out.name}.partial"
     try:
+        if not out.name:
+            raise DataError(f"--out {out} is the root of a disk: name a folder in it")
         if not _is_finished(out, check):
             _make(source, lay_out, check, options, out, work)
         shutil.rmtree(work, ignore_errors=True)
@@ -200,7 +204,7 @@ def mark_defect(path: Path, class_numbers: bool = False) -> np.ndarray:
         The file is damaged.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             image = file.copy()
     except Exception as error:  # PIL's decoders raise half a dozen unrelated types
         raise DataError(f"cannot read the mask {path}: {error}") from None
@@ -214,15 +218,24 @@ def mark_defect(path: Path, class_numbers: bool = False) -> np.ndarray:
     return (np.asarray(image.convert("L")) > 127).astype(np.uint8)
 
 
+def check_size(image: Path, path: Path, mask: np.ndarray) -> None:
+    """Raise DataError unless an image can be read and has as many pixels as its mask (H, W)."""
+    try:
+        with Image.open(image, formats=FORMATS) as file:
+            size = file.size
+    except Exception as error:  # PIL's decoders raise half a dozen unrelated types
+        raise DataError(f"cannot read the image {image}: {error}") from None
+    if size != mask.shape[::-1]:
+        raise DataError(f"{path} is {mask.shape[::-1]} pixels, its image {size}")
+
+
 def write_mask(path: Path, image: Path, target: Path, class_numbers: bool = False) -> None:
     """Write the mask of an image strictly 0 or 255; a mask that marks nothing is reported.
 
-    Raises DataError if the mask is damaged, of another size than its image, or its place is taken.
+    Raises DataError if one of them is damaged, their sizes differ, or the mask's place is taken.
     """
     mask = mark_defect(path, class_numbers)
-    with Image.open(image) as picture:
-        if picture.size != mask.shape[::-1]:
-            raise DataError(f"{path} is {mask.shape[::-1]} pixels, its image {picture.size}")
+    check_size(image, path, mask)
     if target.exists():
         raise DataError(f"{path} would become {target.name}, as another mask of its folder has")
     if not mask.any():

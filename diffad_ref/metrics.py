@@ -155,7 +155,8 @@ class Ranking:
         before = np.append(0, self.hits)[:-1]
         false = np.stack([self.above, self.at_least], axis=1).ravel()
         true = np.stack([before, self.hits], axis=1).ravel()
-        return np.r_[0, false, self.negatives], np.r_[0, true, self.positives]
+        # As float64, because an area, a product of two counts, may be beyond int64.
+        return np.r_[0.0, false, self.negatives], np.r_[0.0, true, self.positives]
 
 
 def _scores(values) -> np.ndarray:

@@ -23,7 +23,7 @@ import pytest
 import test_download
 import torch
 import visa
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from diffad_ref.anomalies import texture_bank
 from diffad_ref.data import AnomalyFolder, read_mask
@@ -225,6 +225,7 @@ def test_numbers_of_images_add_up_to_those_that_are_stated():
         ("object,", "class,", "lacks object; its columns are class, split"),
         ("candle/Data/Images/Normal/0000.JPG", "candle/gone.JPG", "names 'candle/gone.JPG', but"),
         ("candle/Data/Images/Normal/0000.JPG", "../../x", "'../../x' is refused"),
+        ("candle/Data/Images/Normal/0000.JPG", "candle/" + "a" * 300, "of 307 bytes is too long"),
         ("candle,test,anomaly", "candle,train,anomaly", "0004.JPG', anomaly, in 'train'"),
         ("Normal/0001.JPG", "Normal/0000.JPG", "as another file of its folder has"),
     ],
@@ -243,6 +244,34 @@ def test_mask_that_does_not_fit_is_named(raw, tmp_path, write, capsys, data):
     mask = tmp_path / "raw/pcb1/Data/Masks/Anomaly/0005.png"
     mask.write_text(data) if data == "no image" else write(mask, MASK[:5])
     assert str(mask) in fails(capsys, "visa", *arguments)
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        ("visa", "pcb1/Data/Masks/Anomaly/0005.png"),
+        ("visa", "pcb1/Data/Images/Anomaly/0005.JPG"),
+        ("mtd", "Magnetic-x/MT_Blowhole/Imgs/exp1_num_10000.png"),
+        ("mtd", "Magnetic-x/MT_Blowhole/Imgs/exp1_num_10000.jpg"),
+    ],
+)
+def test_postscript_under_the_name_of_an_image_never_reaches_ghostscript(
+    raw, tmp_path, capsys, monkeypatch, name, path
+):
+    started, arguments = [], raw(name, None)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: started.append(path))
+    (tmp_path / "raw" / path).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n\n")
+    Image.open(tmp_path / "raw" / path).close()  # Pillow by itself takes it for an image
+    line = fails(capsys, name, *arguments)
+    assert "cannot read the" in line and path in line and not started
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP"])
+def test_mask_of_each_usual_format_is_read_whatever_its_suffix(tmp_path, form):
+    white, path = Image.new("L", (16, 12), 255), tmp_path / "mask.png"
+    more = {"save_all": True, "append_images": [white]} if form == "MPO" else {}
+    white.save(path, form, **more)
+    assert Image.open(path).format == form and mvtec_ad.mark_defect(path).all()
 
 
 def test_missing_masks_of_btad_are_counted_but_no_error(raw, tmp_path, capsys):
@@ -358,6 +387,12 @@ def test_target_that_is_not_whole_is_not_touched(raw, tmp_path, capsys):
     line = fails(capsys, "mvtec_ad", *arguments)
     assert "not whole (wrong number of images: screw has 2 train instead of 3" in line
     assert times(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_root_of_a_disk_is_no_folder_to_make(tmp_path, capsys, name):
+    line = fails(capsys, name, "--archive", tmp_path, "--out", tmp_path.anchor)
+    assert "is the root of a disk" in line
 
 
 def test_disk_without_hard_links_gets_copies(raw, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Downloads that go on where they stopped, and archives that cannot write outside their folder."""
 
+import contextlib
 import hashlib
 import io
 import shutil
@@ -9,7 +10,11 @@ import threading
 import unicodedata
 import zipfile
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.error import HTTPError
+from urllib.request import Request
 
 import download
 import numpy as np
@@ -34,10 +39,12 @@ class Server(ThreadingHTTPServer):
         self.ranges = self.if_range = True  # False: ignores this header
         self.shift = 0  # the bytes begin so much later than was asked for
         self.length = True  # False: names none; a number: claims that the file has so many bytes
+        self.location = None  # where it redirects to, with a status that says so
         self.cut = None  # the connection ends after so many bytes of a body
         self.silence = threading.Event()  # a cut connection ends when this is set
         self.silence.set()
         self.requests = []  # the Range header of each GET
+        self.sent = 0  # bytes of bodies that went out
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.005,), daemon=True).start()
@@ -58,8 +65,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.requests.append(self.headers["Range"])
-        server, body = self.server, self.answer()
-        self.wfile.write(body[: server.cut])
+        server, body = self.server, self.answer()[: self.server.cut]
+        with contextlib.suppress(ConnectionError):  # nobody wants more
+            for start in range(0, len(body), 10_000):
+                server.sent += self.wfile.write(body[start : start + 10_000])
         if server.cut is not None:
             self.wfile.flush()
             server.silence.wait(20)
@@ -77,7 +86,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         if status in (200, 206) and server.length is not False:
             self.send_header("Content-Length", str(size - start))
-        for name, value in (("ETag", server.etag), ("Last-Modified", server.modified)):
+        facts = {
+            "ETag": server.etag,
+            "Last-Modified": server.modified,
+            "Location": server.location,
+        }
+        for name, value in facts.items():
             if value is not None:
                 self.send_header(name, value)
         self.end_headers()
@@ -172,6 +186,24 @@ def test_weak_etag_is_not_sent_as_a_condition_but_still_compared(broken, tmp_pat
     assert broken.requests == ["bytes=150000-", None]
 
 
+def test_body_without_a_length_is_stopped_soon_after_the_known_size(server, tmp_path):
+    server.length, server.body = False, BODY + bytes(30_000_000)
+    with pytest.raises(DataError, match="sends more than the 300,000 bytes .* run again"):
+        download.download(server.url, tmp_path / "file", HASH, len(BODY))
+    assert server.sent < 25_000_000 and names(tmp_path) == {"file.json"}
+    server.body = BODY
+    assert download.download(server.url, tmp_path / "file", HASH).read_bytes() == BODY
+
+
+def test_body_without_a_length_that_ends_before_the_known_size_is_kept(server, tmp_path):
+    server.length, server.cut = False, HALF
+    with pytest.raises(DataError, match="ended after 150,000 of 300,000 bytes; run again"):
+        download.download(server.url, tmp_path / "file", HASH, len(BODY))
+    server.cut = None
+    download.download(server.url, tmp_path / "file", HASH, len(BODY))
+    assert server.requests == [None, "bytes=150000-"]
+
+
 def test_length_that_is_too_long_counts_as_broken_off(server, tmp_path):
     server.length = 400_000
     with pytest.raises(DataError, match="ended after 300,000 of 400,000 bytes"):
@@ -217,12 +249,62 @@ def test_server_that_is_not_there_loses_nothing(broken, tmp_path):
     assert (tmp_path / "file.part").read_bytes() == BODY[:HALF]
 
 
-def test_silent_server_is_given_up(server, tmp_path):
+def test_silent_server_is_given_up_and_all_that_it_sent_is_kept(server, tmp_path):
+    server.cut = 1000
+    server.silence.clear()
+    with pytest.raises(DataError, match="after 1,000 of 300,000 bytes .timed out.; run again"):
+        download.download(server.url, tmp_path / "file", HASH, timeout=0.2)
+    assert (tmp_path / "file.part").read_bytes() == BODY[:1000]
+
+
+def test_second_download_of_a_file_is_refused_while_the_first_one_goes_on(server, tmp_path):
     server.cut = HALF
     server.silence.clear()
-    with pytest.raises(DataError, match="of 300,000 bytes .timed out.; run again"):
-        download.download(server.url, tmp_path / "file", HASH, timeout=0.2)
-    assert BODY.startswith((tmp_path / "file.part").read_bytes())
+    arguments = server.url, tmp_path / "file", HASH
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(download.download, *arguments)
+        while sum(path.stat().st_size for path in tmp_path.glob("*.part")) < HALF:
+            assert not first.done()
+        with pytest.raises(DataError, match="another run downloads .*file"):
+            download.download(*arguments)
+        server.cut = None
+        server.silence.set()
+        with pytest.raises(DataError, match="run again to go on"):
+            first.result()
+    assert download.download(*arguments).read_bytes() == BODY
+    assert server.requests == [None, "bytes=150000-"] and names(tmp_path) == {"file", "file.json"}
+
+
+def test_lock_of_a_run_that_was_killed_does_not_count(server, tmp_path):
+    (tmp_path / "file.lock").touch()
+    assert download.download(server.url, tmp_path / "file", HASH).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "file", "data"])
+def test_redirect_to_anything_but_http_is_refused(server, tmp_path, scheme):
+    server.status, server.location = 302, f"{scheme}://127.0.0.1/etc/hostname"
+    with pytest.raises(DataError, match=f"302 .*'{scheme}://127.0.0.1/etc/hostname'"):
+        download.download(server.url, tmp_path / "file")
+    assert names(tmp_path) == set() and download._ask_size(server.url) is None
+
+
+def test_redirect_to_another_http_address_is_followed(server, tmp_path):
+    with Server() as other:
+        other.status, other.location = 302, server.url
+        assert download.download(other.url, tmp_path / "file", HASH).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("start, end", [("http", "https"), ("https", "https")])
+def test_redirect_may_lead_to_https(start, end):
+    request = Request(f"{start}://here/file")
+    answer = 302, "Found", Message(), f"{end}://there/file"
+    assert download.Redirects().redirect_request(request, None, *answer).type == "https"
+
+
+def test_redirect_from_https_to_http_is_refused():
+    answer = 302, "Found", Message(), "http://there/file"
+    with pytest.raises(HTTPError, match="leads to 'http://there/file', which is refused"):
+        download.Redirects().redirect_request(Request("https://here/file"), None, *answer)
 
 
 def test_bytes_that_all_arrived_before_a_run_was_killed_are_not_asked_for_again(broken, tmp_path):
@@ -318,6 +400,32 @@ def test_archive_comes_out_as_it_went_in_and_a_finished_one_is_left_alone(tmp_pa
 def test_name_that_leads_out_of_the_folder_is_refused(tmp_path, refused, ending, name):
     archive = pack(tmp_path / f"a.{ending}", [("good", b"1"), (name, b"2")])
     refused(archive, r"is refused: it would leave")
+
+
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+@pytest.mark.parametrize("name", ["a" * 256, "é" * 128, "a/" * 400 + "b" * 201])
+def test_name_that_no_disk_takes_is_refused(tmp_path, refused, ending, name):
+    archive = pack(tmp_path / f"a.{ending}", [(name, b"1")])
+    refused(archive, f"'{name[:40]}'... is refused: a name of .* bytes is too long")
+
+
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+@pytest.mark.parametrize("name", ["", ".", ".//."])
+def test_file_without_a_name_is_refused(tmp_path, refused, ending, name):
+    archive = pack(tmp_path / f"a.{ending}", [("named", b"1")])
+    if ending == "tar":
+        pack(archive, [("named", b"1"), (name, b"2")])
+    else:  # zipfile writes none with an empty name
+        data = archive.read_bytes().replace(b"named", name.encode().ljust(5, b"\0"))
+        archive.write_bytes(data)
+    refused(archive, "is refused: one of its files has no name")
+
+
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+def test_folder_that_stands_for_the_whole_archive_is_no_refusal(tmp_path, ending):
+    top = special("./", tarfile.DIRTYPE) if ending == "tar" else ("./", b"")
+    archive = pack(tmp_path / f"a.{ending}", [top, ("./file", b"1")])
+    assert names(download.unpack(archive, tmp_path / "tree")) == {"file"}
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,17 @@ def test_roc_corners_follow_the_definition():
     assert true.tolist() == [0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1]
 
 
+@pytest.mark.parametrize("size", [1, 2**16, 2**32, 2**40])
+def test_a_billion_billion_pairs_of_pixels_are_counted_without_overflow(size):
+    """A quarter of the positives stand above all negatives, the rest among their upper half."""
+    hits, above, at_least = np.array([[1, 4], [0, 0], [0, 2]]) * size
+    ranking = Ranking(hits, above, at_least, 4 * size, 4 * size)
+    assert ranking.auroc() == 0.5 * (1 + 4) / 2 / 4 + 0.5
+    assert ranking.auroc(0.25) == (0.25 + 0.625) / 2
+    assert ranking.average_precision() == 1 / 4 + 3 / 4 * 4 / 6
+    assert ranking.f1max() == 2 * 4 / (4 + 2 + 4)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), levels=st.integers(1, 40))
 def test_a_ranking_of_counts_judges_as_one_of_scores(seed, levels):

@@ -248,6 +248,85 @@ def test_plain_pickle_is_refused_and_does_not_run(tmp_path, mark):
     assert not mark.exists()
 
 
+# ------------------------------------------------------------------- what a pickle leaves behind
+
+
+def opcodes(content):
+    """The pickle of an object, without its beginning and its end."""
+    return pickle.dumps(content, 2)[2:-1]
+
+
+def write_opcodes(path, code):
+    """A checkpoint without storages, as torch before 1.6 wrote it, around a pickle by hand."""
+    head = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {})
+    path.write_bytes(b"".join(pickle.dumps(part, 2) for part in head) + b"\x80\x02" + code)
+    with open(path, "ab") as file:
+        pickle.dump([], file, 2)  # the names of its storages
+    return path
+
+
+@pytest.mark.parametrize("name", ["_rebuild_tensor_v2", "_rebuild_parameter"])
+def test_foreign_pickle_cannot_change_the_functions_that_torch_rebuilds_with(
+    tmp_path, write, monkeypatch, name
+):
+    function = getattr(torch._utils, name)
+    before = function.__doc__, function.__defaults__
+    for attribute, value in zip(("__doc__", "__defaults__"), before, strict=True):
+        monkeypatch.setattr(function, attribute, value)  # put back, whatever the file does
+    state = (None, {"__doc__": "foreign", "__defaults__": (1, 2, 3)})
+    code = f"ctorch._utils\n{name}\n".encode() + opcodes(state) + b"b"
+    path = write_opcodes(tmp_path / "foreign.pt", b"}" + opcodes("args") + code + b"s.")
+    assert list(read_foreign(path)) == ["args"]
+    assert (function.__doc__, function.__defaults__) == before
+    assert holds_small(write(SMALL))
+
+
+def test_sparse_tensor_of_a_damaged_file_does_not_spoil_the_next_load(write):
+    """Torch keeps sparse tensors in a list until the end of a load, whoever's they are."""
+    wrong = torch.tensor([[5]]), torch.ones(1), torch.Size([2]), False
+    sparse = Call(torch._utils._rebuild_sparse_tensor, torch.sparse_coo, wrong)
+    damaged = Call(torch._utils._rebuild_tensor_v2, 1, 2)
+    with pytest.raises(ValueError, match=r"params-best\.pt is damaged"):
+        read_foreign(write([sparse, damaged]))
+    assert torch.load(write(SMALL), weights_only=True).keys() == SMALL.keys()
+
+
+class Overwritten:
+    """Becomes an OrderedDict, some of whose methods are hidden by attributes."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __reduce__(self):
+        hidden = dict.fromkeys(("items", "keys", "values", "get", "__iter__"), 1)
+        return collections.OrderedDict, (), hidden, None, iter(self.content.items())
+
+
+@pytest.mark.parametrize("beside", [{}, {"args": argparse.Namespace()}], ids=["alone", "with args"])
+def test_dict_with_overwritten_methods_is_read_as_a_plain_one(write, beside):
+    small = {key: Overwritten(value) for key, value in SMALL.items()}
+    path = write(Overwritten({**small, **beside}))
+    assert holds_small(path)
+    assert type(read_foreign(path)) is type(read_foreign(path)[UNET_KEY]) is dict
+
+
+@pytest.mark.parametrize("beside", [{}, {"args": argparse.Namespace()}], ids=["alone", "with args"])
+def test_parameter_is_read_as_a_plain_tensor_without_its_hooks(write, beside):
+    hook = Call(collections.OrderedDict, [(0, 1)])
+    weight = Call(torch._utils._rebuild_parameter, torch.ones(2), True, hook)
+    read = read_foreign(write({"w": weight, **beside}))["w"]
+    assert type(read) is torch.Tensor and not read.requires_grad and not read._backward_hooks
+
+
+def test_dict_that_holds_itself_or_others_a_billion_times_is_read_at_once(write):
+    shared = itself = {}
+    itself["itself"] = itself
+    for _ in range(60):
+        shared = {"left": shared, "right": shared}
+    read = read_foreign(write(shared))
+    assert read["left"] is read["right"]
+
+
 # ------------------------------------------------------------------------------ other kinds of file
 
 

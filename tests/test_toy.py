@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 import types
 
 import numpy as np
@@ -292,6 +293,39 @@ def test_what_a_killed_factory_leaves_is_not_taken_for_complete(folder, tmp_path
     made = toy_factory(tmp_path, **SMALL)
     assert made.name == folder.name and contents(made) == contents(folder)
     assert len(contents(made)) == FILES
+
+
+def die_in_the_middle(root):
+    """Draw ten images, then be killed."""
+    real, count = toy.draw, iter(range(10))
+    toy.draw = lambda *args, **kwargs: (
+        os.kill(os.getpid(), signal.SIGKILL) if next(count) == 9 else real(*args, **kwargs)
+    )
+    toy_factory(root, **SMALL)
+
+
+def test_next_call_removes_what_factories_left_that_were_killed(folder, tmp_path, start):
+    killed = start(die_in_the_middle, tmp_path)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and len(contents(tmp_path)) > 5
+    made = toy_factory(tmp_path, **SMALL)
+    assert os.listdir(tmp_path) == [made.name] and contents(made) == contents(folder)
+
+
+@pytest.mark.parametrize("name", ["elsewhere", "here"])
+def test_what_another_factory_is_drawing_is_left_alone(folder, tmp_path, monkeypatch, name):
+    """Whether a process on another machine lives cannot be seen from here."""
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(toy.platform, "node", lambda: name)
+        patch.setattr(toy.os, "getpid", {"here": os.getppid, "elsewhere": lambda: 2**22 + 1}[name])
+        stop_after(patch, 20, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            toy_factory(tmp_path, **SMALL)
+    monkeypatch.setattr(toy.platform, "node", lambda: "here")
+    [left] = os.listdir(tmp_path)
+    made = toy_factory(tmp_path, **SMALL)
+    assert set(os.listdir(tmp_path)) == {left, made.name}
 
 
 def test_two_factories_at_once_give_one_whole_folder(folder, tmp_path, monkeypatch):

@@ -11,11 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from skimage import data as photographs
@@ -84,7 +87,7 @@ def toy_factory(
         return folder
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = Path(tempfile.mkdtemp(prefix=".toy-", dir=folder.parent))
+    hidden = _hidden_folder(folder.parent)
     unfinished = hidden / folder.name  # within, because mkdtemp's own folder is for one user only
     unfinished.mkdir()
     try:
@@ -113,6 +116,19 @@ def toy_factory(
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return folder
+
+
+def _hidden_folder(parent: Path) -> Path:
+    """A new folder for unfinished work; those that killed processes have left are removed.
+
+    Its name says whose it is. A machine that shares the disk looks after its own.
+    """
+    ours = f".toy-{platform.node()}-"
+    for left in parent.iterdir():
+        process = re.fullmatch(re.escape(ours) + r"([0-9]{1,9})-.*", left.name)
+        if process and not psutil.pid_exists(int(process[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{ours}{os.getpid()}-", dir=parent))
 
 
 def draw(
