@@ -113,7 +113,7 @@ def read_json(path: Path, **kinds) -> dict:
 
 def parse_json(text: str, source: object, **kinds) -> dict:
     """The object that a text holds; ValueError says what is wrong in which `source`."""
-    key = ""
+    key, words = "", f"{source} is damaged, or of another kind"
     try:
         found = json.loads(text)
         if not isinstance(found, dict):
@@ -124,9 +124,9 @@ def parse_json(text: str, source: object, **kinds) -> dict:
             found[key] = TypeAdapter(kind).validate_python(found[key])
         return found
     except ValidationError as error:
-        raise ValueError(f"{source} is damaged, or of another kind, in {key!r}: {said(error)}") from error
+        raise ValueError(f"{words}, in {key!r}: {said(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is damaged, or of another kind: {error}") from error
+        raise ValueError(f"{words}: {error}") from error
 
 
 def read_description(path: str | os.PathLike) -> dict:
@@ -227,7 +227,8 @@ def check_writable(*paths: Path | None) -> None:
 def claimed(folder: Path) -> Iterator[None]:
     """Hold a folder for one run: it is there, can be written to, and nobody else does."""
     check_writable(folder / "any")
-    lock = FileLock(folder / ".lock")  # goes with its process, however that ends
+    # It goes with its process, however that ends; what holds it may ask for it again.
+    lock = FileLock(folder / ".lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

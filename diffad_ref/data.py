@@ -160,6 +160,7 @@ class AnomalyFolder(Dataset):
         if split not in ("train", "test"):
             raise ValueError(f'split must be "train" or "test", got {split!r}')
         self.root, self.split, self.crop, self.image_size = Path(root), split, crop, image_size
+        self.foreground, self.resample, self._cache = foreground, resample, {}
         self._size = size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"image_size must be positive, a pair or None, got {image_size!r}")
@@ -168,13 +169,15 @@ class AnomalyFolder(Dataset):
             raise ValueError(f"cannot {found}; resample is one of {', '.join(FILTERS)}")
         folders = {plain: self.root} if plain else _category_folders(self.root)
         self.categories, self.samples = _select(folders, categories, self.root), []
-        self.foreground, self.resample = foreground, resample
         if textures is None:
             marked = {name for name in self.categories if (folders[name] / "texture").is_file()}
             textures = marked | (TEXTURES & set(self.categories))
         self.textures = frozenset(textures)
         if strange := self.textures.difference(self.categories):
             raise ValueError(f"no category {sorted(strange)} among {', '.join(self.categories)}")
+        masks = [] if foreground is None or callable(foreground) else [Path(foreground)]
+        if masks and not any(p.is_dir() for p in masks + [f / masks[0] for f in folders.values()]):
+            raise _missing(f"no folder {foreground} of foreground masks", masks[0])
         for category in self.categories:
             folder = folders[category]
             if split == "train":
@@ -182,18 +185,15 @@ class AnomalyFolder(Dataset):
             else:
                 truth = None if plain else folder / "ground_truth"
                 records = _read_test(folder if plain else folder / "test", category, truth)
-            if not (foreground is None or callable(foreground)):
+            if not (foreground is None or callable(foreground) or category in self.textures):
                 masks, inside = Path(foreground), folder / foreground
                 bare = len(masks.parts) == 1 and inside.is_dir()
                 places = (folder / split, inside) if bare else (folder, masks / category)
-                _entries(places[1] if bare else masks)
-                if category not in self.textures:
-                    records = _add_foreground(records, *places)
+                records = _add_foreground(records, *places)
             self.samples += records
         self.has_labels = all(record.kind != "unlabelled" for record in self.samples)
         self.has_masks = self.has_labels and all(r.mask_path for r in self.samples if r.label)
         self.cache = cache and image_size is not None
-        self._cache: dict[Path, dict[str, Tensor]] = {}
 
     @staticmethod
     def from_folders(

@@ -53,7 +53,7 @@ class Corruption:
     """How latents are corrupted; the defaults are the paper's, for 32 x 32 cells."""
 
     patch_sizes: tuple[Count, ...] = (1, 2, 4, 8, 16)  # latent cells; one is drawn a batch
-    patch_odds: tuple[Positive, ...] = ODDS
+    patch_odds: tuple[NotNegative, ...] = ODDS
     mask_ratio: Range = (0.0, 0.7)  # share of patches that are corrupted
     foreign_ratio: Range = (0.0, 0.3)  # share of patches that are foreign, not noise
 
@@ -66,7 +66,7 @@ class Corruption:
     def check(self, side: int) -> None:
         """Refuse patches that do not divide latents of so many cells a side."""
         sizes, odds = self.patch_sizes, self.patch_odds
-        if not sizes or len(sizes) != len(odds) or any(side % patch for patch in sizes):
+        if not sum(odds) or len(sizes) != len(odds) or any(side % patch for patch in sizes):
             found = f"patches of {sizes} cells with odds {odds}"
             raise ValueError(f"{found} do not divide latents of {side} cells, or lack odds")
 

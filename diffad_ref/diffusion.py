@@ -55,7 +55,7 @@ class Draw:
 
 def seeded(device, *key: int) -> torch.Generator:
     """A generator for a seed and a place in the work, well mixed: neighbours share no noise."""
-    mixed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    mixed = key[0] if len(key) == 1 else int(np.random.SeedSequence(key).generate_state(1)[0])
     return torch.Generator(device).manual_seed(mixed)
 
 

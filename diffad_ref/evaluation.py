@@ -88,7 +88,8 @@ def judged(
     ValueError for NaN, infinity or a wrong shape in what the detector returns.
     """
     device, bits = detector.device, {} if precision == "float32" else {"precision": precision}
-    for batch in tqdm(DataLoader(dataset, batch_size, **loading(device)), disable=not progress):
+    batches = DataLoader(dataset, batch_size, **loading(device))
+    for batch in tqdm(batches, "judge", disable=not progress):
         x, index = batch["image"].to(device), index_of(batch) if index_of else None
         start = _now(device)
         prediction = detector.predict(x, index, seeded(device, seed), **bits)

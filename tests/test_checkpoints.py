@@ -185,7 +185,7 @@ def test_damaged_header_of_the_weights_is_named(saved):
 )
 def test_damaged_description_is_named(saved, content):
     saved.with_suffix(".json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights\.json is no description"):
+    with pytest.raises(ValueError, match=r"weights\.json is damaged"):
         load(saved)
 
 
@@ -209,7 +209,7 @@ def test_description_that_makes_no_detector_is_named(saved, change):
     if isinstance(change.get("config"), dict):
         change = {"config": {**description["config"], **change["config"]}}
     write_text(json.dumps({**description, **change}), saved.with_suffix(".json"))
-    with pytest.raises(ValueError, match=r"weights\.json describes no DiffusionAD"):
+    with pytest.raises(ValueError, match=r"weights\.json (describes no DiffusionAD|is damaged)"):
         load(saved)
 
 
@@ -218,7 +218,8 @@ def test_unknown_method_is_named_with_the_known_ones(saved, method):
     write_text(
         json.dumps({**read_description(saved), "method": method}), saved.with_suffix(".json")
     )
-    with pytest.raises(ValueError, match="of methods, only .*DiffusionAD.* are imported"):
+    words = "of methods, only .*DiffusionAD.* are imported|in 'method': Input should be .* string"
+    with pytest.raises(ValueError, match=words):
         load(saved)
 
 
@@ -365,7 +366,7 @@ class Payload:
 def test_pickle_in_place_of_either_file_is_refused_and_does_not_run(saved, tmp_path, dump, suffix):
     with open(saved.with_suffix(suffix), "wb") as file:
         dump({"x": Payload(tmp_path / "ran")}, file)
-    with pytest.raises(ValueError, match=rf"weights\{suffix} is (damaged|no description)"):
+    with pytest.raises(ValueError, match=rf"weights\{suffix} is damaged"):
         load(saved)
     assert not (tmp_path / "ran").exists()
 

@@ -169,7 +169,9 @@ def test_codec_without_memory_counts_as_ready_because_nothing_in_it_has_a_value(
 
 @pytest.mark.parametrize("channels", [0, 49])
 def test_number_of_components_that_a_patch_does_not_have_is_refused(channels):
-    with pytest.raises(ValueError, match="a patch of 4 pixels has 1 to 48 components"):
+    with pytest.raises(
+        ValueError, match="patch of 4 pixels has 1 to 48 components|greater than or equal to 1"
+    ):
         PatchPCA(replace(PCA, channels=channels))
 
 
@@ -181,7 +183,7 @@ def test_image_that_does_not_divide_into_cells_is_refused_wherever_it_comes():
 
 
 def test_unknown_codec_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown codec 'jpeg'; there are kl, pca"):
+    with pytest.raises(ValueError, match="Input should be 'kl' or 'pca'"):
         build_codec(CodecConfig("jpeg"))
 
 

@@ -89,13 +89,10 @@ def test_same_seed_same_report_and_another_seed_another():
     assert not torch.equal(first.maps, other.maps)
 
 
-def test_noise_differs_between_batches_and_between_neighbouring_seeds():
+def test_noise_differs_between_neighbouring_seeds():
     detector = Red(noise=1.0)
-    first, second = (
-        run(detector, rows=ROWS[:1] * 2 + ROWS[-1:], batch_size=1, seed=s) for s in (0, 1)
-    )
-    assert not torch.equal(first.maps[0], first.maps[1])
-    assert not torch.equal(first.maps[1], second.maps[0])
+    first, second = (run(detector, batch_size=1, seed=s) for s in (0, 1))
+    assert not torch.equal(first.maps, second.maps)
 
 
 def test_progress_bar_and_global_seed_do_not_change_the_result(capsys):
@@ -104,7 +101,7 @@ def test_progress_bar_and_global_seed_do_not_change_the_result(capsys):
     torch.manual_seed(2)
     loud = evaluate(Red(noise=1.0), Samples(ROWS), progress=True)
     assert torch.equal(quiet.maps, loud.maps)
-    assert "evaluate" in capsys.readouterr().err
+    assert "judge" in capsys.readouterr().err
 
 
 def test_category_index_is_the_one_that_the_detector_learned():
@@ -181,7 +178,7 @@ def test_nan_in_a_map_names_the_category():
             prediction.anomaly_map[category_index == 0, 1, 1] = float("nan")
             return prediction
 
-    with pytest.raises(ValueError, match="NaN for images of bolt"):
+    with pytest.raises(ValueError, match="NaN or infinity for images of bolt"):
         run(Broken())
 
 

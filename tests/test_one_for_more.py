@@ -89,9 +89,9 @@ def kept(detector):
         ({"condition_strides": (1, 1, 2, 1, 2, 1, 2, 1)}, "product of condition_strides must be 4"),
         ({"image_size": 36}, "image_size must be a multiple of 8, not 36"),
         ({"image_size": 40, "multipliers": (1, 1, 1)}, "must be a multiple of 16, not 40"),
-        ({"predicts": "velocity"}, "predicts is noise"),
+        ({"predicts": "velocity"}, "should be 'noise' or 'latent'"),
         ({"features": "vgg"}, "of a timm model"),
-        ({"pasting": Pasting(source="sky")}, "come from batch, class or itself"),
+        ({"pasting": {"source": "sky"}}, "should be 'batch', 'class' or 'itself'"),
         ({"schedule": "square"}, "unknown schedule 'square'"),
     ],
 )

@@ -57,7 +57,7 @@ def test_deco_diff_learns_from_256_images_a_step_and_warms_up_for_10_epochs():
 
 
 def test_epochs_are_counted_over_all_processes_and_accumulated_batches():
-    stage = Stage("s", None, 4, {}, epochs=10, accumulate=2)
+    stage = Stage("s", None, 4, {"a": Rate(1.0)}, epochs=10, accumulate=2)
     assert stage.counted(33).steps == 10 * 5 and stage.counted(33, 2).steps == 10 * 3
     assert replace(stage, drop_last=True).counted(33).steps == 10 * 4
     assert replace(stage, drop_last=True).counted(3).steps == 10  # one batch at least

@@ -281,7 +281,11 @@ class Compare(Command):
             name = path.stem.replace("_", " ")
             if name in reports:
                 raise ValueError(f"two reports are called {name!r}: give the files different names")
-            found = read_json(path, report=tables.REPORT)["report"]
+            try:
+                found = read_json(path, report=tables.REPORT)["report"]
+            except ValueError as error:
+                words = f"{path} is no report that `evaluate --save` wrote"
+                raise ValueError(f"{words}: {error}") from error
             reports[name] = tables.from_plain(found)
         table = tables.compare(reports)
         texts = [table]

@@ -86,17 +86,17 @@ class Experiment:
     def run(self, command: str = "") -> str:
         """Train and judge; gives the table, which is in `out` as well."""
         self._check()
-        with claimed(self.out) if meet().is_main_process else nullcontext():
-            return self._run(command)
-
-    def _run(self, command: str) -> str:
         whole = setting_of(self.paper, self.name)
         setting = only(whole, self.only)
         check_data(setting, self.root)
-        detector, device = self._detector(setting), meet().device
+        detector = self._detector(setting)
         data = [detector.folder(self.root, "train", categories=g) for g in setting.groups]
-        of_recipe = partial(_share, detector, data, self.budget, self.training)
         identity = self._identity(detector, setting, data)
+        with claimed(self.out) if meet().is_main_process else nullcontext():
+            return self._run(command, whole, setting, detector, data, identity)
+
+    def _run(self, command, whole, setting, detector, data, identity) -> str:
+        of_recipe = partial(_share, detector, data, self.budget, self.training)
         share = _share_of(self.out / "reproduce.json", identity, of_recipe)
         detector.stages = tuple(shortened(stage, share) for stage in detector.stages)
         judge, start = _continual if self.paper == "one_for_more" else _apart, time.time()
@@ -110,8 +110,8 @@ class Experiment:
             "share of the recipe": share if self.training.get("steps") is None else "see steps",
             "steps": found.pop("steps"),
             "minutes since the last start": round((time.time() - start) / 60, 1),
-            "device": device_name(device),
-            "precision": precision_on(device, self.training.get("precision", "auto")),
+            "device": device_name(meet().device),
+            "precision": precision_on(meet().device, self.training.get("precision", "auto")),
             "published": setting.source or "no numbers are known to us",
             "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
         }

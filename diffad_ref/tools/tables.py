@@ -13,7 +13,7 @@ from typing import Annotated
 import pandas as pd
 from pandas import DataFrame
 from pydantic import Field
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from diffad_ref.continual import Continual
 from diffad_ref.evaluation import Report
@@ -222,8 +222,8 @@ ROW = {"category": str} | dict.fromkeys(METRICS, float | None) | dict.fromkeys(C
 ROWS = Annotated[list[TypedDict("ROW", ROW)], Field(min_length=2)]  # a category, and the mean
 KINDS = list[TypedDict("KIND", ROW | {"kind": str})]
 REPORT = {"detector": str, "protocol": str, "seed": int, "precision": str}
-REPORT |= {"seconds_per_image": float, "table": ROWS, "kinds": KINDS, "images": list[dict]}
-REPORT = TypedDict("REPORT", REPORT, total=False)
+REPORT |= {"seconds_per_image": float, "table": ROWS, "kinds": KINDS}
+REPORT = TypedDict("REPORT", REPORT | {"images": NotRequired[list[dict]]})
 
 
 def to_plain(report: Report) -> dict:
