@@ -8,6 +8,11 @@
 """
 
 import importlib
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"]:  # a command is being loaded, which Ctrl-C should just end
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from diffad_ref.checkpoints import load, pretrained, save
 from diffad_ref.continual import fit_continual

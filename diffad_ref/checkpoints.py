@@ -11,7 +11,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -210,7 +210,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         free = f"{shutil.disk_usage(near).free / 1e6:.0f} MB are free there"
         raise OSError(f"cannot write {path} ({free}): {error}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is no folder, nothing was begun
+            unfinished.unlink()
 
 
 def check_writable(*paths: Path | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections import Counter
@@ -395,19 +396,16 @@ class Predict(Command):
         frame = DataFrame(rows).drop(columns="name")
         listed = frame[["path", "score"]].assign(path=frame["path"].map(_no_formula))
         write_text(listed.to_csv(index=False, float_format="%.6f"), table)
-        self.show(frame.to_dict("records"), f"{len(rows)} images judged", table, sheet)
+        self.show(frame.to_dict("records"), f"judged: {len(rows)}", table, sheet)
 
     def _data(self, detector: da.Detector):
         """The images as the detector judges them, and the folder from which they are named."""
         if not self.images.is_file():
-            data, out = detector.from_folders(test=self.images), self.out.resolve()
-            own = [s for s in data.samples if _is_heat_map(s.path) or out in s.path.parents]
-            data.samples = [s for s in data.samples if s not in own]
-            if own:
-                note = f"{len(own)} images are left out: they are heat maps, or in {self.out}"
-                print(f"diffad_ref: {note}", file=sys.stderr)
+            data = detector.from_folders(test=self.images)
+            data.samples = [s for s in data.samples if not self._is_own(s.path)]
             if not data.samples:
                 raise ValueError(f"{self.images} holds nothing but heat maps")
+            self._tell_ignored({sample.path for sample in data.samples})
             return data, self.images
         folder = self.images.parent  # it may have others: an image alone has no kind
         data = detector.from_folders(good=folder, texture=False, **detector.view("test"))
@@ -415,6 +413,19 @@ class Predict(Command):
         if not data.samples:
             raise ValueError(f"{self.images} does not end as an image does")
         return data, folder
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a prediction wrote it: part.png_map.png, or anything in `--out`."""
+        inner, out = path.name.removesuffix("_map.png"), self.out.resolve()
+        inside = out != self.images.resolve() and out in path.resolve().parents
+        return inside or (inner != path.name and Path(inner).suffix.lower() in SUFFIXES)
+
+    def _tell_ignored(self, judged: set[Path]) -> None:
+        """Say on stderr which visible files of the folder are not judged."""
+        files = (p for p in self.images.rglob("*") if p.is_file() and p.name[0] != ".")
+        if ignored := sorted(p.name for p in files if p not in judged):
+            names = ", ".join(ignored[:3]) + ", ..." * (len(ignored) > 3)
+            print(f"diffad_ref: not judged are {len(ignored)} files: {names}", file=sys.stderr)
 
     def _maps_and_scores(self, detector: da.Detector, data):
         """Of all images: maps (N, H, W), and as many numbers."""
@@ -433,12 +444,6 @@ class Predict(Command):
         return torch.cat(maps).float(), scores
 
 
-def _is_heat_map(path: Path) -> bool:
-    """Whether an image is named as a prediction names its maps: part.png_map.png."""
-    inner = path.name.removesuffix("_map.png")
-    return inner != path.name and Path(inner).suffix.lower() in SUFFIXES
-
-
 def _no_formula(path: str) -> str:
     """A path as a spreadsheet may show it: what begins with such a sign would be computed."""
     return f"./{path}" if path[0] in "=+-@\t\r" else path
@@ -453,6 +458,8 @@ def _rows(table: tables.Shown) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, 2 with a message when the input is at fault, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # so it was while all was loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     chosen = tyro.cli(
         Data | Train | Continual | Evaluate | Compare | Plan | Reproduce | Predict,
         prog="python -m diffad_ref",

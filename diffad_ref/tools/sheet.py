@@ -35,7 +35,7 @@ def write_sheet(rows: Sequence[dict], path: str | os.PathLike, title: str) -> No
     """
     figures = []
     for rank, row in enumerate(sorted(rows, key=lambda row: -row["score"]), 1):
-        name, source = html.escape(str(row["name"])), quote(Path(row["map"]).as_posix())
+        name, source = html.escape(str(row["name"])), quote(os.fsencode(row["map"]))
         figures.append(
             f'<figure><img src="{source}" loading="lazy" alt="{name} and its anomaly map">'
             f"<figcaption>{rank}. <b>{row['score']:.4g}</b> {name}</figcaption></figure>"
