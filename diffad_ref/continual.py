@@ -28,7 +28,7 @@ from diffad_ref.checkpoints import (
     write_text,
 )
 from diffad_ref.data import AnomalyFolder
-from diffad_ref.detector import Detector, arithmetic, precision_on
+from diffad_ref.detector import Detector, precision_on
 from diffad_ref.diffusion import seeded
 from diffad_ref.evaluation import evaluate
 from diffad_ref.gradient_projection import GradientProjectionMemory
@@ -229,11 +229,9 @@ def gather(
     batches = DataLoader(Subset(data, share), 16)
     for group in memory.groups():
         with memory.gather(group):
-            for number, batch in enumerate(tqdm(batches, "gather", disable=not progress)):
-                x, index = batch["image"].to(detector.device), batch["category_index"]
-                with torch.no_grad(), arithmetic(detector, "float32"):
-                    generator = seeded(detector.device, 0, number)
-                    detector.eval().judge(x, detector.classes_of(index, len(x)), generator)
+            for batch in tqdm(batches, "gather", disable=not progress):
+                noise = seeded(detector.device, 0)
+                detector.predict(batch["image"], batch["category_index"], noise)
         taken |= memory.extend()
     return {name: taken[name] for name in memory.layers}
 

@@ -115,13 +115,16 @@ def messages() -> list[str]:
     return found
 
 
+OTHERS = ("No module", "Input should be", "Unexpected keyword")  # Python's, and pydantic's
+
+
 def test_messages_that_the_page_of_troubles_quotes_are_those_of_the_package():
     text, known = (ROOT / "book/troubleshooting.md").read_text(), messages()
     for title in re.findall(r"\*\*(.+?)\*\*", text, re.DOTALL):
         for quoted in re.findall(r'"(.+?)"', " ".join(title.split()).replace("\\`", "`")):
             pieces = map(re.escape, quoted.strip(".").split("..."))
             message = re.compile(".*".join(pieces), re.DOTALL)
-            assert any(map(message.search, known)) or "No module" in quoted, quoted
+            assert any(map(message.search, known)) or quoted.startswith(OTHERS), quoted
 
 
 COUNTS = {"D": 12, "C": 10, "G": 6, "A": 3, "O": 4, "E": 2}

@@ -318,7 +318,7 @@ def test_words_that_make_no_command_are_named(tmp_path, capsys, words, message):
         (["--no-reconstruction"], "--no-reconstruction is not for OneForMore"),
         (["--set", "window=[15,15]"], "hides the whole grid of 8 x 8"),
         (["--set", "image_size=36"], "image_size must be a multiple of 8, not 36"),
-        (["--set", 'predicts="all"'], "predicts is noise or latent"),
+        (["--set", 'predicts="all"'], "predicts: Input should be 'noise' or 'latent'"),
     ],
 )
 def test_option_that_does_not_fit_one_for_more_is_refused(root, tmp_path, fails, words, message):

@@ -251,7 +251,7 @@ def test_settings_of_the_memory_are_the_released_ones_at_the_size_of_the_paper()
 def predict_old(detector, root):
     """The prediction for the first task's images that its memory was gathered from."""
     images = [sample["image"] for sample in detector.folder(root, categories=TASKS[0])]
-    return detector.predict(torch.stack(images), generator=seeded("cpu", 0, 0))
+    return detector.predict(torch.stack(images))
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def test_loose_and_nested_images_are_all_judged_and_the_rest_is_told(weights, ph
     assert "not judged are 2 files: notes.txt, scan.gif" in printed.err
 
 
-@pytest.mark.parametrize("out", ["photos/out", "photos", "photos/new"])
+@pytest.mark.parametrize("out", ["photos/out", "photos", "photos/new", "."])
 def test_a_second_prediction_judges_the_same_images_and_no_heat_map(weights, photos, out):
     out, found = photos.parent / out, []
     for _ in range(2):

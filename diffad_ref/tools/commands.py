@@ -417,7 +417,7 @@ class Predict(Command):
     def _is_own(self, path: Path) -> bool:
         """Whether a prediction wrote it: part.png_map.png, or anything in `--out`."""
         inner, out = path.name.removesuffix("_map.png"), self.out.resolve()
-        inside = out != self.images.resolve() and out in path.resolve().parents
+        inside = self.images.resolve() in out.parents and out in path.resolve().parents
         return inside or (inner != path.name and Path(inner).suffix.lower() in SUFFIXES)
 
     def _tell_ignored(self, judged: set[Path]) -> None:
