@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,10 @@ from diffad_ref import anomalies, continual, data, detector, evaluation, maps, t
 PACKAGE = Path(diffad_ref.__file__).parent
 ATEN = torch.ops.aten
 PLAIN = {"generator": "default", "low_generator": "low"}  # a generator cannot be fake
+DRIVERLESS = pytest.mark.skipif(
+    torch.__version__ < (2, 10),
+    reason="before PyTorch 2.10 a fake tensor of a GPU needs its driver",
+)
 COUNTING = (ATEN.nonzero.default, ATEN.masked_select.default, ATEN.unique_dim.default)
 
 

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from fake_card import DRIVERLESS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -266,6 +267,7 @@ def test_groups_one_after_the_other_give_what_all_layers_at_once_give():
     assert all(torch.equal(basis, second.bases[name]) for name, basis in first.bases.items())
 
 
+@DRIVERLESS
 def test_nothing_in_the_hooks_waits_for_a_device():
     """A fake tensor has no value to wait for: asking for one raises."""
     with FakeTensorMode(), torch.device("cuda"):

@@ -257,6 +257,7 @@ def test_a_ranking_of_counts_judges_as_one_of_scores(seed, levels):
     maps, masks = random_case(seed, levels=levels)
     labels = masks.astype(bool)
     scores, place = np.unique(maps, return_inverse=True)
+    place = place.reshape(maps.shape)  # numpy 1 returns it flat
     counts = [np.bincount(place[labels == s], minlength=len(scores)) for s in (True, False)]
     exact, counted = Ranking.of(maps, labels), ranking_of_counts(*counts)
     for metric in (Ranking.auroc, Ranking.average_precision, Ranking.f1max):

@@ -4,13 +4,14 @@ from collections import Counter
 
 import pytest
 import torch
-from fake_card import fake_card
+from fake_card import DRIVERLESS, fake_card
 from torch.utils.data import Dataset
 
 import diffad_ref as da
 from diffad_ref import training
 from diffad_ref.detector import check_images, precision_on
 
+pytestmark = DRIVERLESS
 METHODS = da.DiffusionAD, da.DecoDiff, da.OneForMore
 SIZES = "tiny", "paper"
 
