@@ -23,11 +23,12 @@ HOUSE = rooms()
 # ------------------------------------------------------------------------------------ size and wall
 
 
-def test_the_flat_part_has_at_most_20_files_and_4510_lines():
+def test_the_flat_part_has_at_most_20_files_and_4850_lines():
     lines = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
-    # 4,300 held all that runs on a GPU; whole recipes and three small profiles came after that.
+    # 4,300 held all that runs on a GPU. Whole recipes and small profiles came after that, then
+    # configs that check themselves, noise that is each image's own, and one writer and reader.
     print(f"{len(lines)} files, {sum(lines.values())} lines, the longest {max(lines.values())}")
-    assert len(lines) <= 20 and sum(lines.values()) <= 4510 and max(lines.values()) <= 400
+    assert len(lines) <= 20 and sum(lines.values()) <= 4850 and max(lines.values()) <= 400
 
 
 @pytest.mark.parametrize("name", HOUSE)
