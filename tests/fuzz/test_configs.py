@@ -51,13 +51,30 @@ def places(plain, name="") -> list[tuple]:
     return found
 
 
-def values(name: str):
-    """Anything that JSON knows, most of it of the kind that settings have."""
+def near(value, most: int):
+    """What may well be accepted in place of a value."""
+    if isinstance(value, bool) or value is None:
+        return st.booleans() | st.integers(0, 8)
+    if isinstance(value, int):
+        close = st.sampled_from([value // 2, value - 1, value + 1, 2 * value])
+        return (close | st.integers(0, 100)).map(lambda n: min(n, most))
+    if isinstance(value, float):
+        return st.floats(0, 1) | st.sampled_from([value / 2, 2 * value, 10 * value, 1e30])
+    if isinstance(value, str):
+        return st.sampled_from(WORDS.split())
+    if isinstance(value, list):
+        inner = near(value[0], most) if value else st.integers(0, 8)
+        kept = st.sampled_from([value[1:], value[:-1], value[::-1], value + value[-1:]])
+        return kept | st.lists(inner, min_size=len(value), max_size=len(value)) | st.just([])
+    return st.just({name: value[name] for name in list(value)[1:]})
+
+
+def values(name: str, value):
+    """Half of the time what may be accepted, else anything that JSON knows."""
     most = MOST.get(name, 10**30)
-    numbers = st.sampled_from([n for n in NUMBERS if not isinstance(n, int) or n <= most])
-    numbers |= st.integers(0, min(most, 2000)) | st.integers(0, min(most, 8)) | st.floats(0, 1)
-    words = st.sampled_from(WORDS.split())
-    return numbers | words | st.sampled_from(OTHERS) | st.lists(numbers | words, max_size=4)
+    numbers = [n for n in NUMBERS if not isinstance(n, int) or n <= most]
+    anything = st.sampled_from([*numbers, *OTHERS])
+    return near(value, most) | anything
 
 
 @st.composite
@@ -67,7 +84,7 @@ def configs(draw):
     plain = plain_tiny(name)
     for _ in range(draw(st.integers(1, 3))):
         holder, key, inner = draw(st.sampled_from(places(plain)))
-        holder[key] = draw(values(inner))
+        holder[key] = draw(values(inner, holder[key]))
     return name, plain
 
 
