@@ -42,7 +42,10 @@ DAMAGE = (
 
 
 class DataError(ValueError):
-    """What went wrong and what to do, in one line."""
+    """What went wrong and what to do, in one line, whatever a server or an archive put into it."""
+
+    def __init__(self, words: str):
+        super().__init__("".join(c if c.isprintable() else " " for c in words).strip())
 
 
 class DamagedError(DataError):

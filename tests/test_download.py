@@ -12,6 +12,7 @@ import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
+from http.client import BadStatusLine
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
 from urllib.request import Request
@@ -247,6 +248,15 @@ def test_server_that_is_not_there_loses_nothing(broken, tmp_path):
     with pytest.raises(DataError, match="cannot reach .*refused"):
         download.download(gone.url, tmp_path / "file", HASH)
     assert (tmp_path / "file.part").read_bytes() == BODY[:HALF]
+
+
+def test_what_a_broken_server_says_stays_on_the_line_of_the_refusal(monkeypatch, tmp_path):
+    def answer(*_):
+        raise BadStatusLine("HTTP/1\t1 200 \x1b[2J\r\n")
+
+    monkeypatch.setattr(download, "_send", answer)
+    with pytest.raises(DataError, match=r"^cannot reach http://x/y: HTTP/1 1 200  \[2J$"):
+        download.download("http://x/y", tmp_path / "file")
 
 
 def test_silent_server_is_given_up_and_all_that_it_sent_is_kept(server, tmp_path):
