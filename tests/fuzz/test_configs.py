@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from damage import places
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
@@ -37,18 +38,6 @@ def plain_tiny(name: str) -> dict:
     for stage in plain["stages"]:
         stage["batch_size"] = 2
     return plain
-
-
-def places(plain, name="") -> list[tuple]:
-    """Where something stands at any depth: what holds it, under what, and the setting's name."""
-    keys, found = plain if isinstance(plain, dict) else range(len(plain)), []
-    for key in keys:
-        inner = key if isinstance(key, str) else name
-        if inner not in FIXED:
-            found.append((plain, key, inner))
-            if isinstance(plain[key], dict | list):
-                found += places(plain[key], inner)
-    return found
 
 
 def near(value, most: int):
@@ -83,7 +72,8 @@ def configs(draw):
     name = draw(st.sampled_from(sorted(METHODS)))
     plain = plain_tiny(name)
     for _ in range(draw(st.integers(1, 3))):
-        holder, key, inner = draw(st.sampled_from(places(plain)))
+        all_but_fixed = [place for place in places(plain) if place[2] not in FIXED]
+        holder, key, inner = draw(st.sampled_from(all_but_fixed))
         holder[key] = draw(values(inner, holder[key]))
     return name, plain
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import download
 import pytest
+from damage import damaged
 from download import Source, command_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,10 +78,8 @@ def answers(draw) -> bytes:
     """What a server says, from the first line to the last byte."""
     status, names, body, broken = draw(ANSWERS)
     lines = [f"HTTP/1.1 {status} Words"] + [f"{n}: {draw(HEADERS[n])}" for n in names]
-    head = bytearray("\r\n".join([*lines, "", ""]).encode())
-    for _ in range(broken * draw(st.integers(0, 3))):
-        head[draw(st.integers(0, len(head) - 1))] = draw(st.integers(0, 255))
-    return bytes(head) + body
+    head = "\r\n".join([*lines, "", ""]).encode()
+    return (draw(damaged(head)) if broken else head) + body
 
 
 @st.composite
@@ -103,10 +102,7 @@ def archives(draw) -> bytes:
                     info.type = draw(st.sampled_from([b"0", b"0", b"1", b"2", b"3", b"5", b"6"]))
                     info.linkname, info.size = draw(NAMES), 9 * (info.type == b"0")
                     archive.addfile(info, io.BytesIO(b"some text"))
-    data = bytearray(file.getvalue())
-    for _ in range(draw(st.integers(0, 4)) if data else 0):
-        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
-    return bytes(data[: draw(st.sampled_from([len(data), draw(st.integers(0, len(data)))]))])
+    return draw(damaged(file.getvalue()))
 
 
 def run(out: Path, source: Source, *words: str) -> int:

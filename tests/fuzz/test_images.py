@@ -5,6 +5,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from damage import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,16 +31,6 @@ def pictures(draw) -> bytes:
     except (OSError, ValueError):  # no such mode in this format
         return draw(st.binary(max_size=100))
     return file.getvalue()
-
-
-@st.composite
-def damaged(draw, whole: bytes) -> bytes:
-    """Bytes that are cut, changed here and there, or both; or whole."""
-    data = bytearray(whole[: draw(st.sampled_from([len(whole), draw(st.integers(0, len(whole)))]))])
-    near = st.integers(0, max(0, len(data) - 1)) | st.integers(0, max(0, min(60, len(data) - 1)))
-    for place in draw(st.lists(near, max_size=6)) if data else ():
-        data[place] = draw(st.integers(0, 255))
-    return bytes(data)
 
 
 @pytest.fixture(scope="module")
