@@ -108,6 +108,8 @@ class Config:
             raise ValueError("condition_strides has one more than condition_channels: the width's")
         if width % self.condition_heads or width % 2:
             raise ValueError(f"condition_heads, and 2, must divide the width of {width}")
+        if self.multipliers[0] != 1:
+            raise ValueError(f"multipliers begin with 1, as the condition, not {self.multipliers}")
         if ddim_times(self.steps, self.walk)[0] >= self.steps:
             raise ValueError(f"a walk of {self.walk} steps would leave the schedule's {self.steps}")
         if self.level is not None and self.level >= self.steps:

@@ -89,6 +89,8 @@ def kept(detector):
         ({"condition_strides": (1, 1, 2, 1, 2, 1, 2, 1)}, "product of condition_strides must be 4"),
         ({"image_size": 36}, "image_size must be a multiple of 8, not 36"),
         ({"image_size": 40, "multipliers": (1, 1, 1)}, "must be a multiple of 16, not 40"),
+        ({"multipliers": (2, 2)}, "multipliers begin with 1, as the condition"),
+        ({"window": (10**30, 1)}, "should be less than 2147483648"),
         ({"predicts": "velocity"}, "should be 'noise' or 'latent'"),
         ({"features": "vgg"}, "of a timm model"),
         ({"pasting": {"source": "sky"}}, "should be 'batch', 'class' or 'itself'"),

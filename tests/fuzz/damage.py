@@ -35,14 +35,19 @@ def damaged(draw, whole: bytes, until: int | None = None) -> bytes:
 
 @st.composite
 def other_json(draw, text: str) -> str:
-    """JSON with up to three things in it that are gone, or replaced by something else."""
+    """JSON with up to three things in it that are gone, renamed, or something else."""
     plain = json.loads(text)
     for _ in range(draw(st.integers(1, 3))):
-        holder, key, _ = draw(st.sampled_from(places(plain) or [([0], 0, "")]))
-        if draw(st.booleans()):
-            holder[key] = draw(st.sampled_from(OTHERS))
-        else:
+        found = places(plain) or [([0], 0, "")]
+        outer = [place for place in found if place[0] is plain] or found
+        holder, key, _ = draw(st.sampled_from(found) | st.sampled_from(outer))
+        way = draw(st.sampled_from(["other", "other", "gone", "called otherwise"]))
+        old = holder[key]
+        holder[key] = draw(st.sampled_from(OTHERS))
+        if way != "other":
             del holder[key]
+        if way == "called otherwise" and isinstance(key, str):
+            holder[key[1:]] = old
     text = json.dumps(plain)
     for name, instead in TEXTS.items():
         text = text.replace(f'"{name}"', instead)

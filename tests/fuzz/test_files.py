@@ -166,15 +166,17 @@ def broken(draw, path: Path) -> bytes:
         text = data.decode()
         return draw(damaged(data) | other_json(text).map(lambda text: text.encode()))
     header, numbers = header_of(data)
-    if draw(st.booleans()):
-        return draw(damaged(data, 8 + len(header)))
     plain = json.loads(header)
-    if "state" in plain.get("__metadata__", {}) and draw(st.booleans()):
+    way = draw(st.sampled_from(["bytes", "length", "header", "header", "state", "state"]))
+    if way == "bytes":
+        return draw(damaged(data, 8 + len(header)))
+    if way == "state" and "state" in plain.get("__metadata__", {}):
         plain["__metadata__"]["state"] = draw(other_json(plain["__metadata__"]["state"]))
         header = json.dumps(plain)
-    elif draw(st.booleans()):
+    else:
         header = draw(other_json(header))
-    length = draw(st.sampled_from([len(header)] * 3 + [0, len(header) - 1, 2**40, 2**64 - 1]))
+    lengths = [0, len(header) - 1, 2**40, 2**64 - 1]
+    length = draw(st.sampled_from(lengths)) if way == "length" else len(header)
     return struct.pack("<Q", length) + header.encode() + numbers
 
 
