@@ -89,9 +89,9 @@ def latents(folder: Path):
 READERS = {
     "weights.json": ((predict, evaluate), ("config",)),
     "weights.safetensors": ((predict, evaluate), ()),
-    "run/training.safetensors": ((go_on,), ("stage", "step")),
+    "run/training.safetensors": ((go_on,), ()),
     "tasks/run.json": ((tasks,), ()),
-    "tasks/task_1/training.safetensors": ((tasks,), ("stage", "step")),
+    "tasks/task_1/training.safetensors": ((tasks,), ()),
     "tasks/task_1/memory.safetensors": ((tasks,), ()),
     "tasks/task_1/result.json": ((tasks,), ("rows", "taken")),
     "report.json": ((compare,), ("report",)),
@@ -160,7 +160,7 @@ def header_of(data: bytes) -> tuple[str, bytes]:
 
 @st.composite
 def broken(draw, path: Path) -> bytes:
-    """What stands in a file after some damage; numbers themselves stay: nothing could tell."""
+    """What stands in a file after some damage."""
     data = path.read_bytes()
     if path.suffix == ".json":
         text = data.decode()
@@ -169,7 +169,7 @@ def broken(draw, path: Path) -> bytes:
     plain = json.loads(header)
     way = draw(st.sampled_from(["bytes", "length", "header", "header", "state", "state"]))
     if way == "bytes":
-        return draw(damaged(data, 8 + len(header)))
+        return draw(damaged(data) | damaged(data, 8 + len(header)))
     if way == "state" and "state" in plain.get("__metadata__", {}):
         plain["__metadata__"]["state"] = draw(other_json(plain["__metadata__"]["state"]))
         header = json.dumps(plain)
@@ -180,15 +180,13 @@ def broken(draw, path: Path) -> bytes:
     return struct.pack("<Q", length) + header.encode() + numbers
 
 
-def told(data: bytes, json_only: bool, names: tuple[str, ...]) -> list:
-    """What a file says that may rightly change the result."""
+def told(data: bytes, names: tuple[str, ...]) -> str:
+    """What JSON says that may rightly change the result; weights have a checksum."""
     try:
-        text = data.decode() if json_only else header_of(data)[0]
-        plain = json.loads(text)
-        plain = plain if json_only else json.loads(plain["__metadata__"]["state"])
-        return [repr(plain[name]) for name in names]
-    except (ValueError, LookupError, TypeError, RecursionError, struct.error):
-        return []
+        plain = json.loads(data)
+        return repr([plain[name] for name in names])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
 
 
 @settings.get_profile("fuzz")
@@ -199,7 +197,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_changes_nothing(whole, data, n
     after = data.draw(broken(folder / name))
     readers, names = READERS[name]
     reader = data.draw(st.sampled_from(readers))
-    same = told(before, name.endswith(".json"), names) == told(after, name.endswith(".json"), names)
+    same = not names or told(before, names) == told(after, names)
     with copy_of(folder) as copy:
         (copy / name).write_bytes(after)
         try:
