@@ -13,7 +13,7 @@ from pathlib import Path
 
 import download
 import pytest
-from damage import damaged
+from damage import damaged, other_json
 from download import Source, command_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +21,7 @@ from mvtec_ad import provide
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore:Duplicate name")]
 BODY = bytes(range(256)) * 40
+NOTE = '{"etag": "\\"one\\"", "modified": null, "size": 10240}'  # of a download that has begun
 SIZES = st.sampled_from(["0", "-1", "x", "", "10240", "10241", "99999999999999999999", "1e3"])
 RANGES = ["bytes 0-10239/10240", "bytes 5000-10239/10240", "bytes 1-2/*", "bytes", "x", "bytes 5-/"]
 HEADERS = {
@@ -129,17 +130,18 @@ def run(out: Path, source: Source, *words: str) -> int:
 
 @settings.get_profile("fuzz")
 @given(
-    st.lists(answers(), min_size=1, max_size=3), st.sampled_from([None, len(BODY)]), st.booleans()
+    st.lists(answers(), min_size=1, max_size=3),
+    st.sampled_from([None, len(BODY)]),
+    st.none() | st.just(NOTE) | other_json(NOTE),
 )
-def test_any_answers_end_in_the_right_file_or_in_one_line(server, said, size, begun):
+def test_any_answers_end_in_the_right_file_or_in_one_line(server, said, size, note):
     """The same command twice: what the first one left must not spoil the second."""
     server.answers = said
     url, digest = f"http://127.0.0.1:{server.server_port}/file", hashlib.sha256(BODY).hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "file"
-        if begun:
+        if note is not None:  # half of it is there
             target.with_name("file.part").write_bytes(BODY[:5000])
-            note = '{"etag": "\\"one\\"", "modified": null, "size": 10240}'
             target.with_name("file.json").write_text(note)
         for _ in range(2):
             try:
