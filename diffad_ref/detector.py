@@ -31,6 +31,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+Sigma = Annotated[Number, Field(ge=0, le=1000)]  # pixels: the larger, the longer the filter
 
 
 def _in_order(pair: tuple) -> tuple:

@@ -91,6 +91,7 @@ def kept(detector):
         ({"image_size": 40, "multipliers": (1, 1, 1)}, "must be a multiple of 16, not 40"),
         ({"multipliers": (2, 2)}, "multipliers begin with 1, as the condition"),
         ({"window": (10**30, 1)}, "should be less than 2147483648"),
+        ({"sigma": 1e308}, "should be less than or equal to 1000"),
         ({"predicts": "velocity"}, "should be 'noise' or 'latent'"),
         ({"features": "vgg"}, "of a timm model"),
         ({"pasting": {"source": "sky"}}, "should be 'batch', 'class' or 'itself'"),

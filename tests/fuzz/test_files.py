@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import diffad_ref as da
 from diffad_ref.__main__ import main
+from diffad_ref.tools import tables
 from diffad_ref.tools.latents import CachedLatents
 from diffad_ref.tools.toy import toy_factory
 
@@ -65,11 +66,14 @@ def go_on(folder: Path):
 
 
 def tasks(folder: Path):
+    learnt = ["gear", "brick"]
     options = {"steps": 2, "batch_size": 2, "progress": False}
-    data, out = folder / "toy", folder / "tasks"
-    result = da.fit_continual(detector := small(), data, [["gear"]], out, **options)
+    result = da.fit_continual(
+        detector := small(), folder / "toy", [[c] for c in learnt], folder / "tasks", **options
+    )
     state = {name: value.tolist() for name, value in detector.state_dict().items()}
-    return state, result.rows, result.taken
+    shown = tables.summarise({"update": result}), tables.after_tasks(result, "loss")
+    return state, result.rows, result.taken, [str(table) for table in shown]
 
 
 def compare(folder: Path):
