@@ -33,12 +33,10 @@ HEADERS = {
     "Transfer-Encoding": st.sampled_from(["chunked", "gzip", "x"]),
     "Content-Encoding": st.sampled_from(["gzip", "x"]),
 }
-STATUS = st.sampled_from(
-    [200, 200, 200, 206, 204, 301, 302, 304, 308, 401, 404, 416, 429, 500, 999]
-)
+STATUS = [200, 200, 200, 206, 204, 301, 302, 304, 308, 401, 404, 416, 429, 500, 999]
 ANSWERS = st.tuples(
-    STATUS,
-    st.dictionaries(st.sampled_from(sorted(HEADERS)), st.none(), max_size=3),
+    st.sampled_from(STATUS),
+    st.lists(st.sampled_from(sorted(HEADERS)), max_size=3),
     st.sampled_from([BODY, BODY[5000:], BODY[:5000], BODY + b"x", b"", b"5\r\nhello\r\n0\r\n\r\n"]),
     st.booleans(),  # whether the line and the headers are damaged, too
 )
