@@ -35,6 +35,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 HEADERS = {"User-Agent": "diffad_ref data scripts", "Accept-Encoding": "identity"}
+UNREACHABLE = (OSError, HTTPException, ValueError, OverflowError)  # of sizes that are no sizes
+NOTE = {"etag": str, "modified": str, "size": int}  # of a download that has begun
 DAMAGE = (
     *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError),
     *(NotImplementedError, RuntimeError),  # zipfile: unknown compression, password
@@ -42,7 +44,10 @@ DAMAGE = (
 
 
 class DataError(ValueError):
-    """What went wrong and what to do, in one line."""
+    """What went wrong and what to do, in one line, whatever a server or an archive put into it."""
+
+    def __init__(self, words: str):
+        super().__init__("".join(c if c.isprintable() else " " for c in words).strip())
 
 
 class DamagedError(DataError):
@@ -149,9 +154,11 @@ def _read_note(path: Path) -> dict:
     """What the server said when the download began; all None if that is not known."""
     try:
         note = json.loads(path.read_text("utf-8"))
-        return {key: note[key] for key in ("etag", "modified", "size")}
-    except (OSError, ValueError, LookupError, TypeError):
-        return {"etag": None, "modified": None, "size": None}
+        if all(isinstance(note[key], kind | None) for key, kind in NOTE.items()):
+            return {key: note[key] for key in NOTE}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    return dict.fromkeys(NOTE)
 
 
 def _open(url: str, have: int, known: dict, timeout: float):
@@ -192,7 +199,7 @@ def _request(url: str, start: int, known: dict, timeout: float):
             f"{url} answers {error.code} {error.reason}: {hint}, or give another address with "
             "--url, or an archive fetched by hand with --archive"
         ) from None
-    except (OSError, HTTPException, ValueError) as error:
+    except UNREACHABLE as error:
         raise DataError(f"cannot reach {url}: {getattr(error, 'reason', error)}") from None
 
 
@@ -443,7 +450,7 @@ def _ask_size(url: str) -> int | None:
     try:
         with _send(Request(url, headers=HEADERS, method="HEAD"), timeout=20) as response:
             return _describe(response)[1]["size"]
-    except (OSError, HTTPException, ValueError):
+    except UNREACHABLE:
         return None
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from diffad_ref.detector import Detector
 
 SHIPPED = Path(__file__).parent / "weights"  # tiny detectors that come with the package
+CHECKSUM = "crc32"  # under this name among the metadata of a safetensors file
 UNFINISHED = ".diffad_ref-"  # how names begin of what is being written
 
 
@@ -174,7 +176,9 @@ def weights_path(path: str | os.PathLike) -> Path:
 
 
 def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
-    """Save tensors to a safetensors file, whole or not at all."""
+    """Save tensors to a safetensors file, whole or not at all, with a checksum of it all."""
+    metadata = dict(metadata or {})
+    metadata[CHECKSUM] = checksum(state, metadata)
 
     def write(unfinished: Path) -> None:
         unfinished.touch()
@@ -185,6 +189,15 @@ def write_tensors(state: dict[str, Tensor], path: Path, metadata: dict | None = 
     if path.parent.is_dir():
         sweep(path.parent)
     write_whole(path, write)
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Of names, kinds, shapes and bits: a changed bit would only be another number."""
+    found = zlib.crc32(repr(sorted(metadata.items())).encode())
+    for name, value in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), found)
+        found = zlib.crc32(value.cpu().contiguous().flatten().view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
 
 
 def write_text(text: str, path: Path) -> None:
@@ -251,7 +264,12 @@ def sweep(folder: Path) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Load a safetensors file; a damaged one raises ValueError with its name."""
-    return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
+    tensors = _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
+    metadata = read_metadata(path)
+    expected = metadata.pop(CHECKSUM, None)  # files of others, and old ones, have none
+    if expected not in (None, checksum(tensors, metadata)):
+        raise ValueError(f"{path} is damaged: its checksum is not that of what it holds")
+    return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ from diffad_ref.checkpoints import (
     write_text,
 )
 from diffad_ref.data import AnomalyFolder
-from diffad_ref.detector import Detector, precision_on
+from diffad_ref.detector import Count, Detector, Natural, precision_on
 from diffad_ref.diffusion import seeded
 from diffad_ref.evaluation import evaluate
 from diffad_ref.gradient_projection import GradientProjectionMemory
@@ -49,7 +49,7 @@ ROW = TypedDict(
     "ROW",
     {"task": int, "category": str, "loss": float} | dict.fromkeys(METRICS, float | None),
 )
-TAKEN = dict[str, tuple[int, int]]
+TAKEN = dict[str, tuple[Natural, Count]]
 HARMLESS = ("save_every", "num_workers", "device")  # options of `fit` that may change in between
 
 
@@ -165,6 +165,8 @@ def fit_continual(
             detector.categories = tuple(sum(result.tasks[: number + 1], []))
             memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
             done = read_json(folder / "result.json", rows=list[ROW], taken=TAKEN)
+            if tuple(row["category"] for row in done["rows"]) != detector.categories:
+                raise ValueError(f"{folder / 'result.json'} is damaged: it judges other categories")
             result.rows += done["rows"]
             result.taken.append(done["taken"])
     return result

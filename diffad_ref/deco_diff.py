@@ -32,6 +32,7 @@ from diffad_ref.detector import (
     Rate,
     Resample,
     Share,
+    Sigma,
     Stage,
     Stages,
     checked,
@@ -98,9 +99,9 @@ class Config:
     # Scoring.
     fusion: Literal["geometric", "arithmetic", "image", "latent"] = "geometric"
     image_clip: Positive = 0.4  # of a difference of images in [-1, 1]
-    image_sigma: NotNegative = 3.0  # pixels
+    image_sigma: Sigma = 3.0  # pixels
     latent_clip: Positive = 0.2
-    latent_sigma: NotNegative = 1.0  # latent cells
+    latent_sigma: Sigma = 1.0  # latent cells
     # 800 epochs of 13 steps of 256 images, a tenth of MVTec AD's being held out; the cosine would
     # reach 0 after 1,200.
     stages: Stages = (

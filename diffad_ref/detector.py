@@ -25,12 +25,13 @@ from diffad_ref.diffusion import Schedule, seeded
 from diffad_ref.networks import lean
 
 # What settings may be. A `@checked` class refuses all else, whoever makes it and from what.
-Count = Annotated[int, Field(strict=True, ge=1)]
-Natural = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]  # more, and sums would not fit
+Natural = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+Sigma = Annotated[Number, Field(ge=0, le=1000)]  # pixels: the larger, the longer the filter
 
 
 def _in_order(pair: tuple) -> tuple:

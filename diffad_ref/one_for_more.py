@@ -32,6 +32,7 @@ from diffad_ref.detector import (
     Range,
     Rate,
     Share,
+    Sigma,
     Stage,
     Stages,
     checked,
@@ -91,7 +92,7 @@ class Config:
     end_clean: bool = True  # end at the estimate itself; released: at the schedule's first level
     # Comparison.
     stages_compared: tuple[Annotated[Natural, Field(le=4)], ...] = (1, 2, 3)  # of the ResNet
-    sigma: NotNegative = 5.0  # pixels, of the map's smoothing
+    sigma: Sigma = 5.0  # pixels, of the map's smoothing
     gamma: Share = 0.999  # share of a task's energy that the memory protects
     every: Count = 10  # the memory gathers over every so-manyth training image
     features: str = "resnet50"  # or any other network that timm has pretrained; or "patches"
@@ -108,6 +109,8 @@ class Config:
             raise ValueError("condition_strides has one more than condition_channels: the width's")
         if width % self.condition_heads or width % 2:
             raise ValueError(f"condition_heads, and 2, must divide the width of {width}")
+        if self.multipliers[0] != 1:
+            raise ValueError(f"multipliers begin with 1, as the condition, not {self.multipliers}")
         if ddim_times(self.steps, self.walk)[0] >= self.steps:
             raise ValueError(f"a walk of {self.walk} steps would leave the schedule's {self.steps}")
         if self.level is not None and self.level >= self.steps:

@@ -245,6 +245,8 @@ def plan_stages(stages, images: int, world=1, steps=None, rate=1.0, **settings) 
     """The stages of a run on so many images, with other settings, shortened in proportion."""
     stages = [replace(stage, **settings).counted(images, world) for stage in stages]
     ends, plan = np.cumsum([stage.steps for stage in stages]), []
+    if not ends[-1]:
+        raise ValueError("the stages have no step: there is nothing to train")
     if steps is not None:
         ends = np.rint(ends * steps / ends[-1]).astype(int)
     for stage, count in zip(stages, np.diff(ends, prepend=0).tolist(), strict=True):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffad_ref import checkpoints
 from diffad_ref.checkpoints import (
@@ -178,6 +179,27 @@ def test_damaged_header_of_the_weights_is_named(saved):
     saved.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"weights\.safetensors is damaged"):
         load(saved)
+
+
+@pytest.mark.parametrize("byte", [-1, -50_000])
+def test_a_bit_of_a_number_that_changed_on_the_disk_is_noticed(saved, byte):
+    content = bytearray(saved.read_bytes())
+    content[byte] ^= 1
+    saved.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged: its checksum"):
+        load(saved)
+
+
+def test_a_tensor_under_another_name_is_noticed(saved):
+    content = saved.read_bytes()
+    saved.write_bytes(content.replace(b'"segmenter.head.bias"', b'"segmenter.head.bird"'))
+    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged: its checksum"):
+        load(saved)
+
+
+def test_weights_without_a_checksum_are_read_as_others_wrote_them(detector, saved):
+    save_file(detector.state_dict(), saved)
+    assert load(saved).state_dict().keys() == detector.state_dict().keys()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Tasks one after the other: measures by hand, what protections hold, and runs that break off."""
 
+import json
+import shutil
 from dataclasses import asdict, replace
 from functools import lru_cache
 from types import SimpleNamespace
@@ -97,6 +99,26 @@ def after(run, task):
 
 
 # ------------------------------------------------------------------------------------- the tasks
+
+
+def other_product(found):
+    found["rows"][0]["category"] = "board"
+
+
+def share_of_nothing(found):
+    found["taken"] = {"layer": [0, 0]}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda found: found["rows"].clear(), other_product, share_of_nothing]
+)
+def test_results_that_no_table_could_show_are_named(finished, root, tmp_path, damage):
+    out = shutil.copytree(finished("none").folder, tmp_path / "out")
+    path = out / "task_1" / "result.json"
+    damage(found := json.loads(path.read_text()))
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"task_1/result\.json is damaged"):
+        learn(root, out, "none")
 
 
 def test_orders_are_those_of_the_paper():

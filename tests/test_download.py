@@ -12,6 +12,7 @@ import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
+from http.client import BadStatusLine
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
 from urllib.request import Request
@@ -249,6 +250,24 @@ def test_server_that_is_not_there_loses_nothing(broken, tmp_path):
     assert (tmp_path / "file.part").read_bytes() == BODY[:HALF]
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (BadStatusLine("HTTP/1\t1 200 \x1b[2J\r\n"), r"HTTP/1 1 200  \[2J"),
+        (OverflowError("cannot fit 'int'"), "cannot fit 'int'"),  # a chunk of so many bytes
+    ],
+)
+def test_what_a_broken_server_says_stays_on_the_line_of_the_refusal(
+    monkeypatch, tmp_path, error, words
+):
+    def answer(*_):
+        raise error
+
+    monkeypatch.setattr(download, "_send", answer)
+    with pytest.raises(DataError, match=f"^cannot reach http://x/y: {words}$"):
+        download.download("http://x/y", tmp_path / "file")
+
+
 def test_silent_server_is_given_up_and_all_that_it_sent_is_kept(server, tmp_path):
     server.cut = 1000
     server.silence.clear()
@@ -313,7 +332,11 @@ def test_bytes_that_all_arrived_before_a_run_was_killed_are_not_asked_for_again(
     assert broken.requests == []
 
 
-@pytest.mark.parametrize("note", ["", "{", "[]", '{"etag": 1}'])
+NOTES = ["", "{", "[]", '{"etag": 1}', '{"etag": 1, "modified": null, "size": 9}', "[" * 100_000]
+NOTES += ['{"etag": "x", "modified": [], "size": 9}', '{"etag": "x", "modified": "", "size": "9"}']
+
+
+@pytest.mark.parametrize("note", NOTES, ids=range(len(NOTES)))
 def test_bytes_whose_note_is_damaged_are_not_trusted(broken, tmp_path, note):
     (tmp_path / "file.json").write_text(note)
     assert download.download(broken.url, tmp_path / "file", HASH).read_bytes() == BODY

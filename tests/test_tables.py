@@ -2,18 +2,20 @@
 
 import json
 import re
-from math import nan
+from math import inf, nan
 
 import numpy as np
 import pandas as pd
 import pytest
 from pandas import DataFrame
+from pydantic import TypeAdapter
 
 from diffad_ref.continual import Continual
 from diffad_ref.evaluation import Report
 from diffad_ref.metrics import METRICS
 from diffad_ref.tools.tables import (
     HEADERS,
+    REPORT,
     Shown,
     after_tasks,
     by_category,
@@ -291,6 +293,27 @@ def test_report_as_json_has_rows_with_names():
     assert plain["table"][0] | {"category": "bolt", "aupro": 0.5} == plain["table"][0]
     assert [row["category"] for row in plain["table"]] == ["bolt", "nut", "mean"]
     assert plain["kinds"][1]["kind"] == "crack" and plain["images"][1]["label"] == 1
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "change"),
+    [
+        *[("table", 2, {"category": name}) for name in ("bolts", "bolt")],  # no mean; two bolts
+        *[("table", 0, {"n_good": count}) for count in (nan, -1, None)],
+        *[("table", 0, {"aupro": value}) for value in (nan, inf, "1")],
+        ("kinds", 0, {"kind": "crack"}),  # there already
+        ("kinds", slice(None), None),
+    ],
+)
+def test_report_that_could_not_be_shown_is_refused(table, row, change):
+    plain = to_plain(report())
+    TypeAdapter(REPORT).validate_python(plain)
+    if change is None:
+        del plain[table][row]
+    else:
+        plain[table][row] |= change
+    with pytest.raises(ValueError, match=table):
+        TypeAdapter(REPORT).validate_python(plain)
 
 
 def test_report_may_come_without_its_images():

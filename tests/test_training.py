@@ -160,6 +160,13 @@ def test_what_must_be_known_before_is_prepared_once_and_not_again_when_a_run_goe
     assert first.prepared == [7] and again.prepared == []
 
 
+@pytest.mark.parametrize("steps", [None, 4])
+def test_stages_without_a_step_are_refused(steps):
+    detector = Line((Stage("line", 0, 7, dict.fromkeys(BOTH, Rate(0.3))),))
+    with pytest.raises(ValueError, match="the stages have no step"):
+        fit(detector, Points(), steps, progress=False)
+
+
 def test_detector_ends_in_evaluation_mode_and_knows_its_categories(small_config):
     detector = diffusion_ad(small_config, 1)
     train(detector, Pictures())

@@ -12,10 +12,11 @@ from typing import Annotated
 
 import pandas as pd
 from pandas import DataFrame
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from typing_extensions import NotRequired, TypedDict
 
 from diffad_ref.continual import Continual
+from diffad_ref.detector import NotNegative, Number
 from diffad_ref.evaluation import Report
 from diffad_ref.metrics import METRICS
 
@@ -218,9 +219,18 @@ def summarise(runs: dict[str, Continual], metrics=("image_auroc", "pixel_ap")) -
 # ---------------------------------------------------------------------------------------- as JSON
 
 
-ROW = {"category": str} | dict.fromkeys(METRICS, float | None) | dict.fromkeys(COUNTS, float)
-ROWS = Annotated[list[TypedDict("ROW", ROW)], Field(min_length=2)]  # a category, and the mean
-KINDS = list[TypedDict("KIND", ROW | {"kind": str})]
+def _whole(found: list[dict]) -> list[dict]:
+    names = [(row["category"], row.get("kind", "mean")) for row in found]
+    if len(set(names)) < len(names) or "kind" not in found[0] and ("mean", "mean") not in names:
+        raise ValueError("two rows have one name, or the mean is missing")
+    return found
+
+
+ROW = {"category": str} | dict.fromkeys(METRICS, Number | None)
+ROW |= dict.fromkeys(COUNTS, NotNegative)
+ROWS = Annotated[list[TypedDict("ROW", ROW)], Field(min_length=2), AfterValidator(_whole)]
+KINDS = TypedDict("KIND", ROW | {"kind": str})
+KINDS = Annotated[list[KINDS], Field(min_length=1), AfterValidator(_whole)]
 REPORT = {"detector": str, "protocol": str, "seed": int, "precision": str}
 REPORT |= {"seconds_per_image": float, "table": ROWS, "kinds": KINDS}
 REPORT = TypedDict("REPORT", REPORT | {"images": NotRequired[list[dict]]})
