@@ -24,6 +24,7 @@ from diffad_ref.continual import (
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.diffusion import seeded
 from diffad_ref.gradient_projection import GradientProjectionMemory
+from diffad_ref.metrics import METRICS
 from diffad_ref.one_for_more import Config, OneForMore
 from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS
@@ -434,7 +435,8 @@ def test_detector_that_learns_from_larger_images_gathers_at_the_size_at_which_it
 def test_recipe_of_a_detector_stays_as_it_is_even_if_a_later_task_breaks_off(
     root, tmp_path, monkeypatch
 ):
-    judged = iter([[]])  # of the first task; in the second there is nothing to come
+    row = {"category": "gear", "loss": 0.0} | dict.fromkeys(METRICS)
+    judged = iter([[row]])  # of the first task; in the second there is nothing to come
     monkeypatch.setattr(continual, "judge", lambda *_: next(judged))
     detector = build()
     settings = {"later_rate": 0.5, "steps": 1, "batch_size": 2, "device": "cpu", "progress": False}
