@@ -133,7 +133,7 @@ class Config:
         network = {"width": 32, "multipliers": (1, 2, 2), "blocks": 1, "heads": 2, "context": 64}
         network |= {"dropout": 0.0, "norm_groups": 8}  # nothing to spare
         maps = {"image_sigma": 1.0, "latent_sigma": 0.5, "latent_clip": 0.3}
-        tiny = cls(
+        tiny = dict(
             image_size=image_size,
             resize=image_size,  # no pixel to spare for a margin
             resample="antialiased",
@@ -143,7 +143,7 @@ class Config:
             corruption=Corruption.of_side(image_size // 4),
             stages=(Stage("correction", 12_000, 16, rate, "adamw", 1e-4, clip=1.0),),
         )
-        return replace(tiny, **changes)
+        return cls(**tiny | changes)
 
     @classmethod
     def small(cls, image_size: int = 128, **changes) -> "Config":

@@ -102,7 +102,7 @@ class Config:
         together = {"denoiser": Rate(2e-5, "cosine", 20), "segmenter": Rate(2e-4, "cosine", 20)}
         size = {"width": 32, "multipliers": (1, 2, 3), "blocks": 1, "attention_levels": (2,)}
         size |= {"norm_groups": 8, "segmentation_width": 12}
-        tiny = cls(
+        tiny = dict(
             image_size=image_size,
             **size,
             t_s_range=(100, 300),  # what is less noisy keeps every defect
@@ -118,7 +118,7 @@ class Config:
             **{"segmentation_norm": "group", "draws": 8, "built_in_textures": True},
             resample="antialiased",  # or what is thin is lost between 64 pixels
         )
-        return replace(tiny, **changes)
+        return cls(**tiny | changes)
 
     @classmethod
     def small(cls, image_size: int = 128, **changes) -> "Config":

@@ -130,7 +130,7 @@ class Config:
         unet = {"width": 24, "multipliers": (1, 2), "blocks": 1, "heads": 1, "prompt": (1, 8)}
         condition = {"condition_layers": 2, "condition_heads": 1, "feed_forward": 48}
         condition |= {"condition_channels": (12, 12, 24, 24, 32, 32, 32), "dropout": 0.0}
-        tiny = cls(
+        tiny = dict(
             image_size=image_size,
             start=PHOTOGRAPHS,
             codec=CodecConfig("pca", channels=12, factor=4),
@@ -141,7 +141,7 @@ class Config:
             predicts="latent",
             features="patches",  # principal components, learned in a second
         )
-        return replace(tiny, **changes)
+        return cls(**tiny | changes)
 
     @classmethod
     def small(cls, image_size: int = 128, **changes) -> "Config":

@@ -253,7 +253,7 @@ def test_more_categories_than_classes_are_refused_before_training():
             {"corruption": Corruption((1, 3), (0.5, 0.5))},
             r"\(1, 3\).*not divide latents of 8 cells",
         ),
-        (32, {"fusion": "mean"}, "unknown fusion 'mean'; there are geometric, arithmetic"),
+        (32, {"fusion": "mean"}, "should be 'geometric', 'arithmetic'"),
         (32, {"schedule": "square"}, "unknown schedule 'square'"),
     ],
 )
