@@ -19,7 +19,6 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from pandas import DataFrame
 from pydantic import ValidationError
 from tyro.conf import Positional, arg, create_mutex_group
 
@@ -35,10 +34,8 @@ from diffad_ref.checkpoints import (
     write_whole,
 )
 from diffad_ref.continual import GAMMA, PROTECTIONS, check_tasks
-from diffad_ref.data import SUFFIXES
 from diffad_ref.detector import PRECISIONS, precision_on
-from diffad_ref.evaluation import judged
-from diffad_ref.tools import baselines, options, plan, reproduce, settings, tables
+from diffad_ref.tools import baselines, options, own_images, plan, reproduce, settings, tables
 from diffad_ref.tools.intervals import intervals
 from diffad_ref.tools.latents import CachedLatents
 from diffad_ref.tools.memory import peak_memory
@@ -46,7 +43,6 @@ from diffad_ref.tools.options import Count, Model, Names, Root, Settings, Thread
 from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
 from diffad_ref.tools.records import add_to_record, megabytes, versions
-from diffad_ref.tools.sheet import write_sheet
 from diffad_ref.training import meet
 
 BASELINES = {"template": baselines.Template, "PCA": baselines.PCA}
@@ -380,73 +376,13 @@ class Predict(Command):
 
     def run(self, command: str) -> None:
         detector = da.load(self.weights).to(meet().device)
-        data, folder = self._data(detector)
+        data, folder = own_images.images_to_judge(detector, self.images, self.out)
         table, sheet = self.out / "scores.csv", self.out / "sheet.html"
         check_writable(table, sheet)
-        maps, scores = self._maps_and_scores(detector, data)
-        limits = (0.0, max(1.0, maps.max().item()))  # one scale for all; most methods end at 1
-        rows = []
-        for sample, anomaly_map, score in zip(data, maps, scores, strict=True):
-            name = Path(sample["path"]).relative_to(folder)  # two folders may hold equal names
-            row = {"path": sample["path"], "name": name, "score": score}
-            rows.append(row | {"map": name.with_name(f"{name.name}_map.png")})
-            path = self.out / rows[-1]["map"]
-            da.plots.save_heat_map(sample["image"], anomaly_map, path, limits)
-        write_sheet(rows, sheet, f"{len(rows)} images, {folder.name}")
-        frame = DataFrame(rows).drop(columns="name")
-        listed = frame[["path", "score"]].assign(path=frame["path"].map(_no_formula))
-        write_text(listed.to_csv(index=False, float_format="%.6f"), table)
-        self.show(frame.to_dict("records"), f"judged: {len(rows)}", table, sheet)
-
-    def _data(self, detector: da.Detector):
-        """The images as the detector judges them, and the folder from which they are named."""
-        if not self.images.is_file():
-            data = detector.from_folders(test=self.images)
-            data.samples = [s for s in data.samples if not self._is_own(s.path)]
-            if not data.samples:
-                raise ValueError(f"{self.images} holds nothing but heat maps")
-            self._tell_ignored({sample.path for sample in data.samples})
-            return data, self.images
-        folder = self.images.parent  # it may have others: an image alone has no kind
-        data = detector.from_folders(good=folder, texture=False, **detector.view("test"))
-        data.samples = [sample for sample in data.samples if sample.path == self.images]
-        if not data.samples:
-            raise ValueError(f"{self.images} does not end as an image does")
-        return data, folder
-
-    def _is_own(self, path: Path) -> bool:
-        """Whether a prediction wrote it: part.png_map.png, or anything in `--out`."""
-        inner, out = path.name.removesuffix("_map.png"), self.out.resolve()
-        inside = self.images.resolve() in out.parents and out in path.resolve().parents
-        return inside or (inner != path.name and Path(inner).suffix.lower() in SUFFIXES)
-
-    def _tell_ignored(self, judged: set[Path]) -> None:
-        """Say on stderr which visible files of the folder are not judged."""
-        files = (p for p in self.images.rglob("*") if p.is_file() and p.name[0] != ".")
-        if ignored := sorted(p.name for p in files if p not in judged):
-            names = ", ".join(ignored[:3]) + ", ..." * (len(ignored) > 3)
-            print(f"diffad_ref: not judged are {len(ignored)} files: {names}", file=sys.stderr)
-
-    def _maps_and_scores(self, detector: da.Detector, data):
-        """Of all images: maps (N, H, W), and as many numbers."""
-        known, maps, scores = list(detector.categories), [], []
-        if self.category is not None and self.category not in known:
-            raise ValueError(f"unknown category {self.category!r}; known: {', '.join(known)}")
-        index = None if self.category is None else known.index(self.category)
-
-        def index_of(batch: dict):
-            return None if index is None else torch.full((len(batch["image"]),), index)
-
         way = {"batch_size": self.batch_size, "seed": self.seed, "precision": self.precision}
-        for _, prediction, _ in judged(detector, data, index_of=index_of, **way):
-            maps.append(prediction.anomaly_map.half().cpu())
-            scores += prediction.score.tolist()
-        return torch.cat(maps).float(), scores
-
-
-def _no_formula(path: str) -> str:
-    """A path as a spreadsheet may show it: what begins with such a sign would be computed."""
-    return f"./{path}" if path[0] in "=+-@\t\r" else path
+        found = own_images.maps_and_scores(detector, data, self.category, **way)
+        rows = own_images.write_about(data, *found, folder, table, sheet)
+        self.show(rows, f"judged: {len(rows)}", table, sheet)
 
 
 def _rows(table: tables.Shown) -> list[dict]:

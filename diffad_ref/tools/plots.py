@@ -342,9 +342,9 @@ def save_heat_map(image, anomaly_map, path, limits: tuple[float, float] = (0.0, 
     heat = ((_numpy(anomaly_map) - low) / (high - low)).clip(0, 1)[..., None]
     colours = plt.get_cmap(MAP_COLOURS)(heat[..., 0])[..., :3]
     overlay = picture * (1 - 0.75 * heat) + colours * 0.75 * heat
-    both = np.concatenate([picture, overlay], 1)
-    picture = Image.fromarray((both * 255).round().astype(np.uint8))
-    write_whole(Path(path), lambda unfinished: picture.save(unfinished, "PNG"))
+    both = (np.concatenate([picture, overlay], 1) * 255).round()
+    both = Image.fromarray(both.astype(np.uint8))
+    write_whole(Path(path), lambda unfinished: both.save(unfinished, "PNG"))
 
 
 def _numpy(values) -> np.ndarray:
