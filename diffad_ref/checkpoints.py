@@ -59,9 +59,12 @@ def load(path: str | os.PathLike, method: str | None = None) -> Detector:
     if found not in Detector.methods:
         known = ", ".join(Detector.methods)
         raise ValueError(f"{path} holds {found!r}; of methods, only {known} are imported")
-    kind = Detector.methods[found]
+    kind, before = Detector.methods[found], description["config"]
     try:
-        detector = kind(config_of(kind.Config, description["config"]))
+        detector = kind(config := config_of(kind.Config, before))
+        unsaid = differences(before, json.loads(json.dumps(dataclasses.asdict(config))))
+        if unsaid := [name for name in unsaid if name != "stages"]:  # they judge nothing
+            raise ValueError(f"it does not say {', '.join(unsaid)}, and a default may be another")
         detector.categories = tuple(description["categories"])
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path.with_suffix('.json')} describes no {found}: {error!r}") from error

@@ -235,6 +235,15 @@ def test_description_that_makes_no_detector_is_named(saved, change):
         load(saved)
 
 
+@pytest.mark.parametrize("name", ["t_s", "top_k", "synthesis"])
+def test_a_setting_that_a_description_lacks_is_named_and_not_taken_from_the_defaults(saved, name):
+    description = read_description(saved)
+    del description["config"][name]
+    write_text(json.dumps(description), saved.with_suffix(".json"))
+    with pytest.raises(ValueError, match=f"it does not say {name}, and a default may be another"):
+        load(saved)
+
+
 @pytest.mark.parametrize("method", ["PatchCore", ["DiffusionAD"], None])
 def test_unknown_method_is_named_with_the_known_ones(saved, method):
     write_text(
