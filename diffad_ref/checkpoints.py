@@ -231,13 +231,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Refuse, before the work, to begin what could not be written: OSError."""
+    """Refuse, before the work, to begin what could not be written: OSError; and tidy up there."""
     for path in paths:
         if path is not None and path.is_dir():
             raise IsADirectoryError(f"cannot write {path}: it is a folder")
         if path is not None:
             write_whole(trial := path.with_name(f"{UNFINISHED}trial"), Path.touch)
             trial.unlink(missing_ok=True)
+            sweep(path.parent)
 
 
 @contextmanager
@@ -252,7 +253,6 @@ def claimed(folder: Path) -> Iterator[None]:
         words = "another run is writing to it; wait for that one, or choose another folder"
         raise ValueError(f"{folder}: {words}") from error
     try:
-        sweep(folder)
         yield
     finally:
         lock.release()

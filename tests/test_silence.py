@@ -206,6 +206,16 @@ while True:
     assert list((tmp_path / "out").glob(f"{UNFINISHED}*")) == []
 
 
+def test_what_a_killed_prediction_left_goes_with_the_next_one(weights, photos):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    out = photos.parent / "out"
+    out.mkdir()
+    (out / f"{UNFINISHED}{process.pid}-1").touch()
+    assert command("predict", weights, photos / "new", "--out", out) == 0
+    assert not list(out.glob(f"{UNFINISHED}*"))
+
+
 def test_what_living_writers_are_writing_stays(tmp_path):
     (tmp_path / f"{UNFINISHED}{os.getppid()}-1").touch()
     write_tensors({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
