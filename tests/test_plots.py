@@ -16,9 +16,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from diffad_ref.detector import Prediction  # noqa: E402
 from diffad_ref.evaluation import Report  # noqa: E402
+from diffad_ref.tools.pages import picture  # noqa: E402
 from diffad_ref.tools.plots import (  # noqa: E402
     best_and_worst,
-    curves,
+    chart,
+    outside,
     panels,
     save_heat_map,
     score_histogram,
@@ -49,20 +51,20 @@ def test_panels_show_the_columns_in_reading_order():
     masks = torch.zeros(2, 1, 8, 8)
     masks[0, :, 2:4, 2:4] = 1
     fig = panels(found, images, masks, ["a", "b"])
-    assert titles(fig) == ["image", "noised", "reconstruction", "map", "mask"]
+    assert titles(fig) == ["image", "noised", "rebuilt", "map", "mask"]
     assert fig.axes[0].get_ylabel() == f"a\nscore {found.score[0]:.3g}"
 
 
 def test_panels_leave_out_what_is_not_there():
     found, images = prediction(1)
     found.parts = {}
-    assert titles(panels(found, images)) == ["image", "reconstruction", "map"]
+    assert titles(panels(found, images)) == ["image", "rebuilt", "map"]
 
 
 def test_panels_show_the_parts_asked_for():
     found, images = prediction(1)
     shown = titles(panels(found, images, parts=("other", "noised")))
-    assert shown == ["image", "other", "noised", "reconstruction", "map"]
+    assert shown == ["image", "other", "noised", "rebuilt", "map"]
 
 
 def test_maps_of_all_rows_share_one_scale_unless_told_otherwise():
@@ -106,38 +108,67 @@ def test_histogram_counts_every_score_once():
     assert legend == ["good (2)", "defective (3)"]
 
 
-def test_curves_state_area_and_average_precision():
-    fig = curves({"m": ([3, 2, 1, 0], [1, 0, 1, 0])})
-    texts = [axis.get_legend().get_texts()[0].get_text() for axis in fig.axes]
-    assert texts == ["m (0.750)", "m (0.833)"]
-
-
-def test_curves_of_one_class_are_refused():
-    with pytest.raises(ValueError, match="defective and normal"):
-        curves({"m": ([1, 2], [0, 0])})
-
-
 def test_figures_have_a_white_ground_even_in_a_dark_style():
     with plt.style.context("dark_background"):
         fig = show_images(torch.rand(1, 3, 8, 8), ["x"])
     assert fig.get_facecolor() == (1, 1, 1, 1)
 
 
-def test_slider_embeds_each_frame_and_shows_the_first():
+def test_long_titles_are_wrapped_and_take_room():
+    fig = show_images(torch.rand(16, 3, 8, 8), ["what should be there"] * 8 + [""] * 8, columns=8)
+    assert all("\n" in title for title in titles(fig))
+    assert fig.get_figwidth() == pytest.approx(5.5) and fig.get_figheight() > 2 * 5.5 / 8 + 0.3
+
+
+def test_a_legend_outside_covers_no_line():
+    fig, axis = chart(3)
+    axis.plot([0, 1], [0, 1], label="line")
+    outside(axis)
+    fig.canvas.draw()
+    below = axis.get_window_extent().y1
+    assert axis.get_legend().get_window_extent().y0 >= below - 1
+
+
+def test_slider_embeds_each_frame_and_shows_one():
     frames = torch.rand(3, 3, 8, 6)
-    text = slider(frames, ["t = 0", "t = 1", "t = 2"], "noise")._repr_html_()
+    text = slider(frames, ["t = 0", "t = 1", "t = 2"], "noise", start=1)._repr_html_()
     pictures = [base64.b64decode(s) for s in re.findall(r"base64,([^\"]+)", text)]
     assert [Image.open(io.BytesIO(p)).size for p in pictures] == [(6, 8)] * 3
-    shown = re.findall(r"display:(block|none)\"", text)
-    assert shown == ["block", "none", "none"]
-    assert 'max="2"' in text and 'alt="noise: t = 2"' in text and 'aria-label="noise"' in text
+    assert re.findall(r'data-label="([^"]+)"( hidden)?', text) == [
+        ("t = 0", " hidden"), ("t = 1", ""), ("t = 2", " hidden"),
+    ]  # fmt: skip
+    assert 'max="2"' in text and 'value="1"' in text
+    assert 'alt="noise: t = 2"' in text and 'aria-label="noise"' in text
 
 
 def test_slider_takes_figures_and_loads_nothing_from_elsewhere():
-    figures = [show_images(torch.rand(1, 3, 8, 8)) for _ in range(2)]
+    figures = [show_images(torch.rand(1, 3, 8, 8), [name]) for name in "ab"]
     text = slider(figures, [0, 1])._repr_html_()
-    assert text.count("<img") == 2
-    assert "http" not in text and "<script" not in text and " id=" not in text
+    assert text.count("<svg") == 2 and "<script" not in text
+    assert re.findall(r'http[^"]*', text) == ["http://www.w3.org/2000/svg",
+                                              "http://www.w3.org/1999/xlink"] * 2  # fmt: skip
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_figure_on_a_page_takes_its_colours_and_names_itself():
+    fig, axis = chart(2)
+    axis.plot([0, 1], [0, 1], "k")
+    text = picture(fig, "a line")
+    assert 'aria-label="a line"' in text and "currentColor" in text
+    assert "#000000" not in text and "#ffffff" not in text and "<metadata" not in text
+
+
+def test_pictures_in_a_figure_are_small_and_sharp():
+    noise, steps = torch.rand(3, 64, 64), (torch.arange(64) // 16 / 3).expand(3, 64, 64)
+    for image in (noise, steps):
+        text = picture(show_images([image]), "x")
+        assert len(text) < 12000 and "pixelated" in text
+        (data,) = re.findall(r"data:image/\w+;base64,([^\"]+)", text)
+        found = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) / 255.0
+        assert found.shape == (64, 64, 3)
+    found = found if (found[0, 0, 0] < 0.5) else found[::-1]
+    assert abs(found - steps.permute(1, 2, 0).numpy()).max() < 0.01  # few colours stay exact
 
 
 def test_slider_as_text_is_short():
@@ -197,7 +228,13 @@ def test_heat_map_stands_beside_its_image_and_is_as_strong_as_its_limits_say(tmp
     assert (right[0, 0] == right[0, 1]).all() and abs(right[0, 0] - 128).max() > 50
 
 
-def test_source_is_the_text_of_the_functions_themselves():
-    text = source(show_images, save_heat_map)._repr_html_()
-    words = re.sub(r"<[^>]+>", "", text)
-    assert "def show_images(" in words and "def save_heat_map(" in words
+def test_slider_starts_at_a_frame_that_is_there():
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        slider(torch.rand(2, 3, 4, 4), ["a", "b"], start=2)
+
+
+def test_source_is_the_text_of_the_functions_themselves_and_says_where_they_stand():
+    text = source(show_images, save_heat_map, slider)._repr_markdown_()
+    assert text.startswith("```python\n# diffad_ref/tools/plots.py\ndef show_images(")
+    assert "\n\n\ndef save_heat_map(" in text
+    assert "\n\n\n# diffad_ref/tools/pages.py\ndef slider(" in text

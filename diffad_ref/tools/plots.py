@@ -1,16 +1,12 @@
-"""The pictures of the book: images and maps side by side, histograms, curves, a slider.
+"""The pictures of the book: images and maps side by side, charts, histograms.
 
-Each function returns a figure (or an HTML object) and shows nothing by itself. Figures have a
-white ground, so they can be read on a dark page too.
+Each function returns a figure and shows nothing by itself. Figures are drawn for a phone first:
+`WIDTH` inches wide, with labels of at least 10 points.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import inspect
-import io
-from dataclasses import dataclass, field
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,20 +14,22 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
 
 from diffad_ref.checkpoints import write_whole
-from diffad_ref.metrics import Ranking
+from diffad_ref.tools.pages import slider, source  # noqa: F401  (chapters take all from here)
 
-# Okabe and Ito's colours, which readers with any colour vision can tell apart.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-GOOD, DEFECTIVE, OUTLINE = PALETTE[0], PALETTE[1], PALETTE[5]
+# After Okabe and Ito, whom readers with any colour vision can follow; each colour has a contrast
+# of at least 3 : 1 to a white page and to a dark one.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#C0629B", "#B07C00", "#3A8FC2", "#7F7F7F")
+GOOD, DEFECTIVE, OUTLINE = PALETTE[0], PALETTE[1], "#56B4E9"
 MAP_COLOURS = "inferno"  # dark to bright, even in lightness
+WIDTH = 5.5  # inches
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 11,
+    "legend.fontsize": 10,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": plt.cycler(color=PALETTE),
@@ -43,7 +41,39 @@ STYLE = {
 }
 
 
-def show_images(images, titles=None, columns: int = 6, size: float = 1.6) -> Figure:
+def chart(height: float = 2.8, rows: int = 1, columns: int = 1, **options):
+    """Make a figure of one or more axes, in the style of the book.
+
+    Parameters
+    ----------
+    height : float
+        Inches of the whole figure; its width is `WIDTH`.
+    rows, columns : int
+        Axes below one another, and side by side.
+    options
+        Passed on to `matplotlib.pyplot.subplots`, such as ``sharey=True``.
+
+    Returns
+    -------
+    Figure, and its axes as `matplotlib.pyplot.subplots` gives them
+    """
+    with plt.rc_context(STYLE):
+        look = {"figsize": (WIDTH, height), "layout": "constrained"}
+        fig, axes = plt.subplots(rows, columns, **look, **options)
+        for axis in np.ravel(axes):
+            axis.tick_params(labelsize=10)
+    return _finished(fig), axes
+
+
+def outside(axis, columns: int = 3) -> None:
+    """Put the legend of an axis above it, where it covers no line."""
+    axis.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize=10,
+        frameon=False, borderaxespad=0.3, columnspacing=1.2, handlelength=2.2,
+    )  # fmt: skip
+
+
+def show_images(images, titles=None, columns: int = 6, size: float | None = None) -> Figure:
     """Show images in a grid.
 
     Parameters
@@ -51,11 +81,11 @@ def show_images(images, titles=None, columns: int = 6, size: float = 1.6) -> Fig
     images : Tensor or array (N, 3, H, W), or a sequence of (3, H, W), (1, H, W) or (H, W)
         Values in [0, 1]; others are clipped.
     titles : sequence of str, optional
-        One above each image.
+        One above each image; long ones are wrapped, a row without any takes no room for them.
     columns : int
         Images in a row.
-    size : float
-        Side of an image in inches.
+    size : float, optional
+        Side of an image in inches; by default so that a row is `WIDTH` wide, and at most 1.8.
 
     Returns
     -------
@@ -65,19 +95,24 @@ def show_images(images, titles=None, columns: int = 6, size: float = 1.6) -> Fig
     if not pictures:
         raise ValueError("there is no image to show")
     columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    fig, axes = _grid(rows, columns, size, head=0.25 * rows if titles is not None else 0)
+    size = size or min(1.8, WIDTH / columns)
+    names = ["" if titles is None else str(title) for title in titles or pictures]
+    letters = max(5, int(size * 72 / 5.6))  # of 10 points, that fit above an image
+    names = [textwrap.fill(name, letters) for name in names]
+    rows = [names[k : k + columns] for k in range(0, len(pictures), columns)]
+    heads = [max(name.count("\n") + bool(name) for name in row) for row in rows]
+    fig, axes = _grid(len(rows), columns, size, head=0.19 * sum(heads))
     for i, axis in enumerate(axes.flat):
         if i < len(pictures):
             _draw(axis, pictures[i])
-            axis.set_title("" if titles is None else str(titles[i]), fontsize=9)
+            axis.set_title(names[i], fontsize=10, pad=3)
         else:
             axis.set_visible(False)
     return fig
 
 
 def panels(
-    prediction, images, masks=None, names=None, parts=("noised",), share_scale=True, size=1.6
+    prediction, images, masks=None, names=None, parts=("noised",), share_scale=True, size=None
 ) -> Figure:
     """Show what a detector saw, one row an image: image, parts, reconstruction, map, mask.
 
@@ -95,8 +130,8 @@ def panels(
     share_scale : bool
         One colour scale for all maps, so that rows can be compared; else each map has its own,
         from its smallest to its largest value, and a good image looks as lively as a bad one.
-    size : float
-        Side of an image in inches.
+    size : float, optional
+        Side of an image in inches; by default so that a row is `WIDTH` wide.
 
     Returns
     -------
@@ -107,18 +142,22 @@ def panels(
     columns |= {name: prediction.parts[name] for name in parts if name in prediction.parts}
     columns |= {"reconstruction": prediction.reconstruction, "map": maps}
     columns |= {} if masks is None else {"mask": masks}
+    size = size or (WIDTH - 1.0) / len(columns)
     fig, axes = _grid(len(maps), len(columns), size, head=0.25, side=1.0)
     for j, (title, column) in enumerate(columns.items()):
-        axes[0, j].set_title(title)
+        axes[0, j].set_title("rebuilt" if title == "reconstruction" else title, fontsize=10)
         for axis, picture in zip(axes[:, j], column, strict=True):
             if title != "map":
                 _draw(axis, _picture(picture))
                 continue
             shown = maps if share_scale else picture
-            colours = axis.imshow(picture, MAP_COLOURS, vmin=shown.min(), vmax=shown.max())
+            colours = axis.imshow(
+                picture, MAP_COLOURS, vmin=shown.min(), vmax=shown.max(), interpolation="none"
+            )
     for i, axis in enumerate(axes[:, 0]):
-        name = f"{names[i]}\n" if names is not None else ""
-        axis.set_ylabel(f"{name}score {prediction.score[i]:.3g}", fontsize=9)
+        name = str(names[i]).replace(" ", "\n") + "\n" if names is not None else ""
+        words = f"{name}score {prediction.score[i]:.3g}"
+        axis.set_ylabel(words, fontsize=10, rotation=0, ha="right", va="center")
         if masks is not None and masks[i].any() and not masks[i].all():
             axis.contour(_picture(masks[i]), [0.5], colors=[OUTLINE], linewidths=1.2)
     if share_scale:
@@ -193,143 +232,15 @@ def score_histogram(scores, labels, bins: int = 30, title: str | None = None) ->
     """
     scores, labels = np.asarray(_numpy(scores), dtype=float), _numpy(labels)
     edges = np.histogram_bin_edges(scores, bins)
-    with plt.rc_context(STYLE):
-        fig, axis = plt.subplots(figsize=(5.5, 3), layout="constrained")
-        for label, name, colour, hatch in (
-            (0, "good", GOOD, ""),
-            (1, "defective", DEFECTIVE, "//"),
-        ):
-            chosen = scores[labels == label]
-            look = {"facecolor": (colour, 0.3), "edgecolor": colour, "hatch": hatch}
-            look |= {"histtype": "stepfilled", "linewidth": 1.6}
-            axis.hist(chosen, edges, label=f"{name} ({chosen.size})", **look)
-        axis.set(xlabel="score of the image", ylabel="images", title=title)
-        axis.legend()
-    return _finished(fig)
-
-
-def curves(results: dict, title: str | None = None) -> Figure:
-    """Draw ROC and precision-recall curves of one or more methods.
-
-    Parameters
-    ----------
-    results : dict
-        Name of a method → (scores, labels), of any shape: images, or the pixels of all maps.
-    title : str, optional
-
-    Returns
-    -------
-    Figure
-
-    Raises
-    ------
-    ValueError
-        Where one of the two classes is missing.
-    """
-    lines = ("-", "--", "-.", ":")
-    rankings = {name: Ranking.of(scores, labels) for name, (scores, labels) in results.items()}
-    corners = [_thin(*ranking.roc()) for ranking in rankings.values()]
-    with plt.rc_context(STYLE):
-        fig, (roc, pr) = plt.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
-        for i, (name, ranking) in enumerate(rankings.items()):
-            look = {"linestyle": lines[i % 4], "linewidth": 1.8}
-            roc.plot(*corners[i], label=f"{name} ({ranking.auroc():.3f})", **look)
-            precision, recall = ranking.precision_recall()
-            label = f"{name} ({ranking.average_precision():.3f})"
-            recall, precision = np.append(0, recall), np.append(precision[:1], precision)
-            pr.step(*_thin(recall, precision), label=label, **look)
-            share = ranking.positives / (ranking.positives + ranking.negatives)
-            pr.axhline(share, color="grey", linewidth=0.8, linestyle=":")
-        roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-        roc.set(xlabel="false-positive rate", ylabel="true-positive rate", title="ROC (area)")
-        pr.set(xlabel="recall", ylabel="precision", title="precision and recall (AP)")
-        for axis in (roc, pr):
-            axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-            axis.legend(loc="lower right" if axis is roc else "best", fontsize=9)
-        fig.suptitle(title)
-    return _finished(fig)
-
-
-@dataclass(frozen=True)
-class Page:
-    """A piece of HTML that notebooks and the book display."""
-
-    text: str = field(repr=False)
-
-    def _repr_html_(self) -> str:
-        return self.text
-
-
-def slider(frames, labels, title: str = "", height: int = 320) -> Page:
-    """Leaf through pictures with a slider that works in a page without a kernel.
-
-    Parameters
-    ----------
-    frames : sequence of Figure, or of images (3, H, W), (1, H, W) or (H, W) in [0, 1]
-        All are embedded as PNG, so keep them small.
-    labels : sequence of str
-        What each frame shows, such as "t = 200"; also its text for screen readers.
-    title : str
-        Stands above, and names the slider for screen readers.
-    height : int
-        Height of a frame in CSS pixels.
-
-    Returns
-    -------
-    Page
-        Displays itself at the end of a cell. Arrow keys move the slider; there is no script
-        beyond the slider's own handler, and without it the first frame is shown.
-
-    Raises
-    ------
-    ValueError
-        No frames, or not one label for each.
-    """
-    frames, labels = list(frames), [str(label) for label in labels]
-    if not frames or len(frames) != len(labels):
-        raise ValueError(
-            f"need one label for each frame: {len(frames)} frames, {len(labels)} labels"
-        )
-    pictures = []
-    for i, (frame, label) in enumerate(zip(frames, labels, strict=True)):
-        look = f"height:{height}px;max-width:100%;object-fit:contain;margin:0 auto;"
-        look += "" if isinstance(frame, Figure) else "image-rendering:pixelated;"
-        look += "display:block" if i == 0 else "display:none"
-        text = html.escape(f"{title}: {label}" if title else label)
-        source = f"data:image/png;base64,{_png(frame)}"
-        pictures.append(
-            f'<img src="{source}" alt="{text}" data-label="{html.escape(label)}" style="{look}">'
-        )
-    name = html.escape(title or "frame")
-    first = html.escape(labels[0])
-    heading = f'<div style="text-align:center;font-weight:600">{html.escape(title)}</div>'
-    return Page(
-        '<div class="diffad-slider" style="max-width:100%;margin:0.5em 0">'
-        f"{heading if title else ''}"
-        f'<div class="frames">{"".join(pictures)}</div>'
-        '<div style="display:flex;gap:1em;align-items:center;max-width:640px;margin:0.4em auto">'
-        f'<input type="range" min="0" max="{len(frames) - 1}" step="1" value="0" '
-        f'autocomplete="off" aria-label="{name}" aria-valuetext="{first}" style="flex:1" '
-        f'oninput="{_HANDLER}">'
-        f'<output style="min-width:7em;font-variant-numeric:tabular-nums">{first}</output>'
-        "</div></div>"
-    )
-
-
-# `this` is the slider: it finds its own frames, so any number of them can stand on a page.
-_HANDLER = (
-    "const box=this.closest('.diffad-slider'),shown=+this.value;"
-    "box.querySelectorAll('.frames img').forEach((img,i)=>{"
-    "img.style.display=i===shown?'block':'none';"
-    "if(i===shown){this.setAttribute('aria-valuetext',img.dataset.label);"
-    "box.querySelector('output').textContent=img.dataset.label;}});"
-)
-
-
-def source(*objects) -> Page:
-    """Show the source of functions or classes: a page that shows it cannot drift from it."""
-    text = "\n\n".join(inspect.getsource(thing).rstrip() for thing in objects)
-    return Page(highlight(text, PythonLexer(), HtmlFormatter(noclasses=True, wrapcode=True)))
+    fig, axis = chart(3)
+    for label, name, colour, hatch in ((0, "good", GOOD, ""), (1, "defective", DEFECTIVE, "//")):
+        chosen = scores[labels == label]
+        look = {"facecolor": (colour, 0.3), "edgecolor": colour, "hatch": hatch}
+        look |= {"histtype": "stepfilled", "linewidth": 1.6}
+        axis.hist(chosen, edges, label=f"{name} ({chosen.size})", **look)
+    axis.set(xlabel="score of the image", ylabel="images", title=title)
+    axis.legend()
+    return fig
 
 
 def save_heat_map(image, anomaly_map, path, limits: tuple[float, float] = (0.0, 1.0)) -> None:
@@ -361,14 +272,8 @@ def _picture(image) -> np.ndarray:
     return image
 
 
-def _thin(x: np.ndarray, y: np.ndarray, points: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """Keep no more corners of a curve than a picture can show."""
-    kept = np.unique(np.linspace(0, len(x) - 1, points).round().astype(int))
-    return x[kept], y[kept]
-
-
 def _draw(axis, picture: np.ndarray) -> None:
-    axis.imshow(picture.clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(picture.clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="none")
 
 
 def _grid(rows: int, columns: int, size: float, head: float = 0.0, side: float = 0.0):
@@ -388,14 +293,3 @@ def _finished(fig: Figure) -> Figure:
     """Take the figure out of pyplot's hands: it shows once, where it is returned."""
     plt.close(fig)
     return fig
-
-
-def _png(frame) -> str:
-    """Encode a figure or an image as base64 PNG."""
-    buffer = io.BytesIO()
-    if isinstance(frame, Figure):
-        frame.savefig(buffer, format="png")
-    else:
-        picture = (_picture(frame).clip(0, 1) * 255).round().astype(np.uint8)
-        Image.fromarray(picture).save(buffer, format="png", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
