@@ -161,6 +161,15 @@ def test_each_formula_stands_in_the_index_and_beside_its_line_of_code(number):
     assert rf"\tag{{{number}}}" in (ROOT / "book/equation_index.md").read_text()
 
 
+@pytest.mark.parametrize("number", [*FORMULAS, *(f"M{n + 1}" for n in range(7))])
+def test_each_entry_of_the_index_names_code_test_and_a_chapter_that_speaks_of_it(number):
+    entries = (ROOT / "book/equation_index.md").read_text().split("(eq-")
+    (entry,) = (e for e in entries if e.startswith(f"{number.lower()})=\n## {number} · "))
+    assert rf"\tag{{{number}}}" in entry and "- *Code:* " in entry and "- *Test:* " in entry
+    path = re.search(r"- \*Chapter:\* \[chapter \d+\]\(\.\./(notebooks/\w+\.ipynb)\)", entry)[1]
+    assert re.search(rf"\b{number}\b", (ROOT / path).read_text())
+
+
 def test_commands_in_the_readme_are_targets_of_the_makefile():
     named = re.findall(r"\bmake ([a-z]+)", (ROOT / "README.md").read_text())
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
