@@ -39,8 +39,8 @@ from generated import (
     status_page,
 )
 from house import house_page
-from icons import slim
 from real_maps import map_pictures
+from slim import slim
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
