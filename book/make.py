@@ -40,8 +40,8 @@ from generated import (
     status_section,
 )
 from house import house_page
-from icons import slim
 from real_maps import map_pictures
+from slim import slim
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"

@@ -27,8 +27,8 @@ from generated import (
     status_section,
     wrapped,
 )
-from icons import slim
 from real_maps import map_pictures
+from slim import slim, used
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*(ROOT / "book").glob("*.md"), *(ROOT / "book" / "api").glob("*.md")])
@@ -463,6 +463,14 @@ def test_icons_that_no_page_names_are_dropped(tmp_path):
         assert (tmp_path / "a.html").read_text() == '<i class="fa fa-bars"></i>'
         assert (folder / "css/all.min.css").read_text() == ".fa{x:y}" + rules[0]
     assert not (folder / "js/all.min.js").exists()
+
+
+def test_rules_for_what_no_page_has_are_dropped():
+    css = '@charset "UTF-8";a{b:c}.in,.out{d:e}.out .in{x:y}'
+    css += "@media print{.out{f:g}.in:not(.in,p){h:i}}"
+    kept = '@charset "UTF-8";a{b:c}.in{d:e}@media print{.in:not(.in,p){h:i}}'
+    assert used(css, {"in"}) == kept and used("@media print{.out{f:g}}", {"in"}) == ""
+    assert used("@font-face{src:url(a.woff)}", set()) == "@font-face{src:url(a.woff)}"
 
 
 # -------------------------------------------------------------------------------------- check_pages
