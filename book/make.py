@@ -40,6 +40,7 @@ from generated import (
 )
 from house import house_page
 from real_maps import map_pictures
+from slim import slim
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -117,6 +118,22 @@ def has_to_run(notebook: Path, record: dict[str, dict]) -> bool:
     return not fresh or not (EXECUTED / notebook.name).exists()
 
 
+def dressed(notebook: dict) -> dict:
+    """A notebook as the book shows it: figures with captions, and without progress bars.
+
+    A cell that draws has the metadata ``"figure": {"name": ..., "caption": ..., "alt": ...}``.
+    """
+    notebook["metadata"].pop("widgets", None)
+    for cell in notebook["cells"]:
+        bar = "application/vnd.jupyter.widget-view+json"
+        if "outputs" in cell:
+            cell["outputs"] = [o for o in cell["outputs"] if bar not in o.get("data", {})]
+        if figure := cell["metadata"].pop("figure", None):
+            look = {"figure": {k: figure[k] for k in ("name", "caption")}}
+            cell["metadata"]["mystnb"] = look | {"image": {"alt": figure["alt"]}}
+    return notebook
+
+
 def stage(notebooks: list[Path]) -> None:
     """Lay out what Sphinx reads: settings, pages, executed notebooks, generated tables."""
     shutil.rmtree(SOURCE, ignore_errors=True)
@@ -126,7 +143,8 @@ def stage(notebooks: list[Path]) -> None:
     (SOURCE / "notebooks").mkdir()
     for notebook in notebooks:
         ran = EXECUTED / notebook.name
-        shutil.copy2(ran if ran.exists() else notebook, SOURCE / "notebooks")
+        page = dressed(json.loads((ran if ran.exists() else notebook).read_text()))
+        (SOURCE / "notebooks" / notebook.name).write_text(json.dumps(page))
 
     record = read_record()
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
@@ -162,6 +180,7 @@ def render(everything: bool) -> bool:
         command.append("--all")
     if subprocess.run(command, cwd=ROOT).returncode:
         return False
+    slim(HTML)
     found = problems(HTML)
     print("\n".join(found) or "Every page loads only files of this book.")
     return not found

@@ -26,6 +26,7 @@ from generated import (
     status_page,
 )
 from real_maps import map_pictures
+from slim import slim, used
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "book").glob("*.md"))
@@ -360,6 +361,46 @@ def test_the_page_of_costs_tells_size_memory_and_hours_of_each_method(monkeypatc
 def test_the_results_page_has_records_of_every_data_set_that_it_names():
     for folder in make.DATA_SETS:
         assert list((ROOT / "book" / "records" / folder).glob("*.json")), folder
+
+
+# ------------------------------------------------------------------------------ what a page weighs
+
+
+def test_the_book_shows_captions_and_no_bars():
+    figure = {"name": "fig-01-a", "caption": "What to see.", "alt": "A gear."}
+    bar = {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}}}
+    text = {"output_type": "stream", "name": "stdout", "text": "1"}
+    cell = {"metadata": {"figure": figure, "tags": ["hide-input"]}, "outputs": [bar, text]}
+    page = make.dressed({"metadata": {"widgets": {}}, "cells": [cell, {"metadata": {}}]})
+    assert page["metadata"] == {} and page["cells"][0]["outputs"] == [text]
+    look = page["cells"][0]["metadata"]["mystnb"]
+    assert look["figure"] == {"name": "fig-01-a", "caption": "What to see."}
+    assert look["image"] == {"alt": "A gear."}
+
+
+def test_icons_that_no_page_names_are_dropped(tmp_path):
+    folder = tmp_path / "_static/vendor/fontawesome/6"
+    (folder / "css").mkdir(parents=True)
+    rules = [f'.fa-{name}:before{{content:"\\f0{n}"}}' for n, name in ((10, "bars"), (11, "gem"))]
+    (folder / "css/all.min.css").write_text(".fa{x:y}" + "".join(rules))
+    for name in ("js", "webfonts"):
+        (folder / name).mkdir()
+    (folder / "js/all.min.js").write_text("")
+    script = '<script src="_static/vendor/fontawesome/6/js/all.min.js?d=1"></script>'
+    (tmp_path / "a.html").write_text(f'<i class="fa fa-bars"></i>{script}')
+    for _ in range(2):  # a second time, nothing more
+        slim(tmp_path)
+        assert (tmp_path / "a.html").read_text() == '<i class="fa fa-bars"></i>'
+        assert (folder / "css/all.min.css").read_text() == ".fa{x:y}" + rules[0]
+    assert not (folder / "js/all.min.js").exists()
+
+
+def test_rules_for_what_no_page_has_are_dropped():
+    css = '@charset "UTF-8";a{b:c}.in,.out{d:e}.out .in{x:y}'
+    css += "@media print{.out{f:g}.in:not(.in,p){h:i}}"
+    kept = '@charset "UTF-8";a{b:c}.in{d:e}@media print{.in:not(.in,p){h:i}}'
+    assert used(css, {"in"}) == kept and used("@media print{.out{f:g}}", {"in"}) == ""
+    assert used("@font-face{src:url(a.woff)}", set()) == "@font-face{src:url(a.woff)}"
 
 
 # -------------------------------------------------------------------------------------- check_pages
