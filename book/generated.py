@@ -45,27 +45,6 @@ def headline(notebook: Path) -> tuple[str, str]:
     return found[1].strip(), " ".join(found[2].split())
 
 
-def notebook_table(notebooks: Sequence[Path], record: dict, repository: dict) -> str:
-    """For the landing page: what each notebook asks, how long it ran, where to open it."""
-    colab = repository["url"].replace(
-        "https://github.com", "https://colab.research.google.com/github"
-    )
-    rows = []
-    for notebook in notebooks:
-        title, question = headline(notebook)
-        link = f"{colab}/blob/{repository['branch']}/notebooks/{notebook.name}"
-        ran = record.get(notebook.stem)
-        rows.append(
-            {
-                "Notebook": f"[{title}](../notebooks/{notebook.name})",
-                "Question": question,
-                "Run time": minutes(ran["seconds"]) if ran else "not run",
-                "Open": f"[Colab]({link}){{.colab}}",
-            }
-        )
-    return markdown_table(rows)
-
-
 def status_section(notebooks: Sequence[Path], record: dict) -> str:
     """Which notebook ran, with which outcome, when, for how long, and on what."""
     rows = []
