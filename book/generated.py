@@ -52,27 +52,6 @@ def _chapter(notebook: Path) -> str:
     return f"{words}[{headline(notebook)[0]}](../notebooks/{notebook.name})"
 
 
-def notebook_table(notebooks: Sequence[Path], record: dict, repository: dict) -> str:
-    """For the landing page: what each notebook asks, how long it ran, where to open it."""
-    colab = repository["url"].replace(
-        "https://github.com", "https://colab.research.google.com/github"
-    )
-    rows = []
-    for notebook in notebooks:
-        _, question = headline(notebook)
-        link = f"{colab}/blob/{repository['branch']}/notebooks/{notebook.name}"
-        ran = record.get(notebook.stem)
-        rows.append(
-            {
-                "Chapter": _chapter(notebook),
-                "Question": question,
-                "Run time": minutes(ran["seconds"]) if ran else "not run",
-                "Open": f"[Colab]({link}){{.colab}}",
-            }
-        )
-    return markdown_table(rows)
-
-
 def status_section(notebooks: Sequence[Path], record: dict) -> str:
     """Which notebook ran, with which outcome, when, for how long, and on what."""
     rows = []
@@ -292,6 +271,7 @@ def plan_tables() -> str:
     sizes, hours = plan.size_table(plans), plan.hours_table(plans)
     for shown in (sizes, hours):
         shown.frame.index = shown.frame.index.map(_named)
+    sizes.frame.columns = [column.replace(" a ", " per ") for column in sizes.frame]
     parts = {
         "Size and arithmetic (M: millions; TFLOP: 10¹² operations):": sizes,
         "Memory of a training step, in GB:": _memory(plans),

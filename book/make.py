@@ -25,6 +25,7 @@ from pathlib import Path
 
 import yaml
 
+from cards import buttons, cards
 from check_pages import problems
 from diffad_ref.tools.settings import plan_table
 from generated import (
@@ -33,7 +34,6 @@ from generated import (
     continual_table,
     interval_table,
     mean_table,
-    notebook_table,
     plan_tables,
     reproduce_tables,
     result_tables,
@@ -148,7 +148,8 @@ def stage(notebooks: list[Path]) -> None:
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
     generated = SOURCE / "book" / "_generated"
     generated.mkdir()
-    (generated / "notebooks.md").write_text(notebook_table(notebooks, record, repository))
+    (generated / "start.md").write_text(buttons(notebooks, repository))
+    (generated / "cards.md").write_text(cards(notebooks, record, repository))
     for name in DATA_SETS:
         found = result_tables(ROOT / "book" / "records" / name)
         (generated / f"results_{name}.md").write_text(found)

@@ -20,7 +20,6 @@ from generated import (
     headline,
     interval_table,
     mean_table,
-    notebook_table,
     plan_tables,
     reproduce_tables,
     result_tables,
@@ -277,16 +276,6 @@ def test_a_notebook_whose_executed_copy_is_gone_runs_again(project):
 
 
 # --------------------------------------------------------------------------------- generated pages
-
-
-def test_the_landing_table_links_each_notebook_to_colab(tmp_path):
-    path = notebook(tmp_path / "01_a.ipynb", "# Title\n\n*Why\nso?*\n\nText.")
-    repository = {"url": "https://github.com/me/book", "branch": "main"}
-    table = notebook_table([path], {"01_a": {"seconds": 84.4}}, repository)
-    assert "| 1. [Title](../notebooks/01_a.ipynb) | Why so? | 1 min 24 s |" in table
-    assert (
-        "https://colab.research.google.com/github/me/book/blob/main/notebooks/01_a.ipynb" in table
-    )
 
 
 def test_the_status_tells_passed_failed_and_not_run_apart(tmp_path):
