@@ -7,16 +7,28 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pandas import DataFrame, Index
+
 from diffad_ref.continual import Continual
+from diffad_ref.evaluation import Report
 from diffad_ref.tools import plan, tables
 
 
-def markdown_table(rows: Sequence[dict]) -> str:
-    """Rows as a Markdown table; the columns are the keys, in the order they first appear."""
+def markdown_table(rows: Sequence[dict], numbers: bool = False) -> str:
+    """Rows as a Markdown table; the columns are the keys, in the order they first appear.
+
+    With `numbers`, all columns but the first are aligned to the right.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    sides = ["---"] + ["--:" if numbers else "---"] * (len(columns) - 1)
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join(sides) + " |"]
     lines += ["| " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def folded(title: str, text: str) -> str:
+    """What a reader opens only if it is wanted."""
+    return f":::{{dropdown}} {title}\n{text.strip()}\n:::\n"
 
 
 def minutes(seconds: float) -> str:
@@ -33,102 +45,152 @@ def headline(notebook: Path) -> tuple[str, str]:
     return found[1].strip(), " ".join(found[2].split())
 
 
-def notebook_table(notebooks: Sequence[Path], record: dict, repository: dict) -> str:
-    """For the landing page: what each notebook asks, how long it ran, where to open it."""
-    colab = repository["url"].replace(
-        "https://github.com", "https://colab.research.google.com/github"
-    )
-    rows = []
-    for notebook in notebooks:
-        title, question = headline(notebook)
-        link = f"{colab}/blob/{repository['branch']}/notebooks/{notebook.name}"
-        ran = record.get(notebook.stem)
-        rows.append(
-            {
-                "Notebook": f"[{title}](../notebooks/{notebook.name})",
-                "Question": question,
-                "Run time": minutes(ran["seconds"]) if ran else "not run",
-                "Open": f"[Colab]({link}){{.colab}}",
-            }
-        )
-    return markdown_table(rows)
+def _chapter(notebook: Path) -> str:
+    """Number and title of a chapter, with a link."""
+    number = re.match(r"\d+", notebook.stem)
+    words = f"{int(number[0])}. " if number else ""
+    return f"{words}[{headline(notebook)[0]}](../notebooks/{notebook.name})"
 
 
-def status_page(notebooks: Sequence[Path], record: dict) -> str:
-    """The page that says which notebook ran, when, for how long, and on what."""
+def status_section(notebooks: Sequence[Path], record: dict) -> str:
+    """Which notebook ran, with which outcome, when, for how long, and on what."""
     rows = []
     for notebook in notebooks:
         ran = record.get(notebook.stem, {})
         outcome = {True: "passed", False: "**failed**", None: "not run"}[ran.get("passed")]
         rows.append(
             {
-                "Notebook": f"[{headline(notebook)[0]}](../notebooks/{notebook.name})",
+                "Chapter": _chapter(notebook),
                 "Outcome": outcome,
                 "Run time": minutes(ran["seconds"]) if ran else "",
                 "Finished": ran.get("finished", ""),
-                "Cores": ran.get("cores", ""),
             }
         )
-    used = {json.dumps(record[n.stem]["versions"]) for n in notebooks if n.stem in record}
+    runs = [record[notebook.stem] for notebook in notebooks if notebook.stem in record]
+    used = {json.dumps(run["versions"]) for run in runs}
     stacks = [" · ".join(f"{k} {v}" for k, v in json.loads(stack).items()) for stack in used]
-    return (
-        "# Execution status\n\n"
-        "Every notebook runs from its first cell to its last before this book is built, and its\n"
-        "`assert` lines check what the text claims. This page is written by that run.\n\n"
-        + markdown_table(rows)
-        + "\nVersions: "
-        + "; ".join(sorted(stacks))
-        + ".\n"
-    )
+    words = "Versions: " + "; ".join(sorted(stacks)) + "." if stacks else ""
+    return f"{markdown_table(rows)}\n{_machine(runs)}{words}\n"
 
 
-def result_tables(records: Path, names: dict[str, str]) -> str:
-    """Our own numbers, one section for each folder of records that `evaluate --save` wrote.
+def _machine(runs: Sequence[dict]) -> str:
+    """How many cores the times belong to, and whether the machine had other work as well."""
+    if not runs:
+        return ""
+    cores = sorted({run["cores"] for run in runs})
+    words = f"The times are those of {' or '.join(map(str, cores))} CPU cores. "
+    loads = [(run["load"], run["cores"]) for run in runs if "load" in run]
+    busy = [load for load, count in loads if load > 1.25 * count]
+    if busy:
+        words += (
+            f"The machine had other work as well: up to {max(busy):.1f} processes wanted to run at "
+            "once. Where nothing else runs, the notebooks are quicker. "
+        )
+    elif len(loads) == len(runs):
+        words += "Nothing else kept the machine busy. "
+    return words
+
+
+IMAGE = ("image_auroc", "image_ap", "image_f1max")
+PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
+
+
+def result_tables(records: Path) -> str:
+    """Our own numbers on one data set, from what `evaluate --save` wrote.
+
+    Means of image and of pixel metrics stand first, then what each method costs. Kinds of defect,
+    categories and commands are folded.
 
     Parameters
     ----------
     records : Path
-        Has a folder for each data set, with a JSON file for each detector.
-    names : dict
-        Title of the section for each folder, in the order of the page.
+        Folder with a JSON file for each detector.
     """
-    parts = []
-    for folder, title in names.items():
-        found = {p.stem.replace("_", " "): p for p in (records / folder).glob("*.json")}
-        found = {name: json.loads(path.read_text()) for name, path in found.items()}
-        reports = {name: tables.from_plain(record["report"]) for name, record in found.items()}
-        order = sorted(reports, key=lambda name: reports[name].mean["pixel_ap"])
-        reports = {name: reports[name] for name in order}
-        best = reports[order[-1]]
-        several = len(best.table) > 2  # categories, and their mean
-        table = tables.compare(reports, (*tables.METRICS, "seconds_per_image"))
-        costs = [found[name].get("cost", {}) for name in order]
-        table.frame["s to train"] = [cost.get("training seconds") for cost in costs]
-        table.frame["MB"] = [cost.get("megabytes") for cost in costs]
-        parts += [f"### {title}\n", f"{table}\n"]
-        limits = [{"method": n} | _limits(found[n]) for n in order if "intervals" in found[n]]
-        if limits:
-            parts.append(f"With 95 % confidence intervals:\n\n{markdown_table(limits)}")
-        for metric in ("image_auroc", "pixel_ap"):
-            kinds = tables.compare_kinds(reports, metric)
-            shown = kinds if several else turned(kinds)
-            parts.append(f"By kind of defect, {tables.HEADERS[metric]}:\n\n{shown}\n")
-        if several:
-            parts.append(f"By category, {order[-1]}:\n\n{tables.by_category(best)}\n")
-        parts.append(made_by(line for name in order for line in found[name]["commands"]))
+    found = {p.stem.replace("_", " "): json.loads(p.read_text()) for p in records.glob("*.json")}
+    reports = {name: tables.from_plain(record["report"]) for name, record in found.items()}
+    order = sorted(reports, key=lambda name: reports[name].mean["pixel_ap"])
+    reports = {name: reports[name] for name in order}
+    tables.compare(reports)  # refuses what was not judged on the same images
+    several = len(reports[order[-1]].table) > 2  # categories, and their mean
+    parts = [
+        f"{'Images' if metrics is IMAGE else 'Pixels'}:\n\n{_means(reports, found, metrics)}"
+        for metrics in (IMAGE, PIXEL)
+    ]
+    parts.append(f"What each method costs:\n\n{_costs(reports, found)}")
+    for metric in ("image_auroc", "pixel_ap"):
+        shown = kinds_as_rows(reports, metric) if several else kinds_as_columns(reports, metric)
+        parts.append(folded(f"By kind of defect, {tables.HEADERS[metric]}", f"{shown}"))
+    if several:
+        best = tables.by_category(reports[order[-1]])
+        halves = (tables.Shown(best.frame[[*m]]) for m in ((*IMAGE, *tables.COUNTS), PIXEL))
+        parts.append(folded(f"By category, {order[-1]}", "\n\n".join(map(str, halves))))
+    parts.append(made_by(line for name in order for line in found[name]["commands"]))
     return "\n".join(parts)
 
 
-def turned(kinds: tables.Shown) -> tables.Shown:
-    """A table of `compare_kinds` for one category, with a row for each method."""
+def _means(reports: dict[str, Report], found: dict[str, dict], metrics: Sequence[str]) -> str:
+    """One row a method, in per cent, the best in bold, with the intervals that are known."""
+    top = {m: max((r.mean[m] for r in reports.values()), default=None) for m in metrics}
+    rows = []
+    for name, report in reports.items():
+        row = {"method": name}
+        for metric in metrics:
+            value = report.mean[metric]
+            words = "" if value != value else f"{100 * value:.1f}"
+            words = f"**{words}**" if len(reports) > 1 and value == top[metric] else words
+            if metric in (limits := found[name].get("intervals", {})):
+                words += f" {_interval(limits[metric])}"
+            row[tables.HEADERS[metric].removeprefix("image ").removeprefix("pixel ")] = words
+        rows.append(row)
+    return markdown_table(rows, numbers=True)
+
+
+def _costs(reports: dict[str, Report], found: dict[str, dict]) -> str:
+    """Time and what must be kept, one row a method; a column that nobody has is left out."""
+    frame = DataFrame(
+        {
+            "ms per image": [1000 * report.seconds_per_image for report in reports.values()],
+            "s to train": [found[n].get("cost", {}).get("training seconds") for n in reports],
+            "MB": [found[n].get("cost", {}).get("megabytes") for n in reports],
+        },
+        Index(list(reports), name="method"),
+        dtype=float,
+    )
+    return f"{tables.Shown(frame.dropna(axis=1, how='all'))}\n"
+
+
+def kinds_as_rows(reports: dict[str, Report], metric: str) -> tables.Shown:
+    """A row for each category and kind; of a method and its variants ("X, so") only the method."""
+    alone = {n: r for n, r in reports.items() if n.rpartition(", ")[0] not in reports}
+    shown = tables.compare_kinds(alone, metric)
+    names = [", ".join(pair).replace("_", " ") for pair in shown.frame.index]
+    frame = shown.frame.set_axis(Index(names, name="kind"))
+    return tables.Shown(frame, shown.percent, shown.best)
+
+
+def kinds_as_columns(reports: dict[str, Report], metric: str) -> tables.Shown:
+    """A row for each method, for one category."""
+    kinds = tables.compare_kinds(reports, metric)
     frame = kinds.frame.droplevel("category").T.rename_axis("method")
     return tables.Shown(frame, tuple(frame), best="column")
 
 
 def made_by(commands: Iterable[str]) -> str:
-    """The commands below a table, each of them once."""
-    listing = "\n".join(dict.fromkeys(commands))
-    return f"Made by\n\n```bash\n{listing}\n```\n"
+    """The commands behind a table, each of them once, folded."""
+    listing = "\n".join(map(wrapped, dict.fromkeys(commands)))
+    return folded("Commands that made these numbers", f"```bash\n{listing}\n```")
+
+
+def wrapped(command: str, width: int = 78) -> str:
+    """A command over several lines, broken before its options."""
+    first, *options = re.split(r" (?=--)", command)
+    lines = [first]
+    for option in options:
+        if len(lines[-1]) + len(option) + 1 <= width:
+            lines[-1] += f" {option}"
+        else:
+            lines.append(f"    {option}")
+    return " \\\n".join(lines)
 
 
 def interval_table(records: Path) -> str:
@@ -144,31 +206,55 @@ def interval_table(records: Path) -> str:
         record = json.loads(path.read_text())
         rows.append({"Variant": path.stem.partition("-")[2].replace("_", " ")} | _limits(record))
         commands += record["commands"]
-    return f"{markdown_table(rows)}\n{made_by(commands)}"
+    return f"{markdown_table(rows, numbers=True)}\n{made_by(commands)}"
 
 
 def _limits(record: dict) -> dict[str, str]:
     """Means with their confidence intervals, in per cent."""
     mean, row = tables.from_plain(record["report"]).mean, {}
     for metric in ("image_auroc", "pixel_auroc", "pixel_ap"):
-        low, high = (100 * value for value in record["intervals"][metric])
-        row[tables.HEADERS[metric]] = f"{100 * mean[metric]:.1f} ({low:.1f}–{high:.1f})"
+        limits = _interval(record["intervals"][metric])
+        row[tables.HEADERS[metric]] = f"{100 * mean[metric]:.1f} {limits}"
     return row
 
 
-def continual_table(description: Path) -> str:
-    """Runs of several tasks in a row, from the record beside the weights of the last task."""
+def _interval(limits: Sequence[float]) -> str:
+    """An interval in per cent, which is not broken in two lines."""
+    low, high = (100 * value for value in limits)
+    return f"({low:.1f}–\N{WORD JOINER}{high:.1f})"
+
+
+def continual_table(description: Path, chosen: str = "") -> str:
+    """Runs of several tasks in a row, from the record beside the weights of the last task.
+
+    Shown are those whose names match the pattern `chosen`; the commands are those of all.
+    """
     runs = json.loads(description.read_text())["record"]["runs"]
-    table = tables.summarise({name: Continual(**run["continual"]) for name, run in runs.items()})
-    return f"{table}\n\n{made_by(run['command'] for run in runs.values())}"
+    shown = {n: Continual(**r["continual"]) for n, r in runs.items() if re.match(chosen, n)}
+    return f"{of_tasks(shown)}\n{made_by(run['command'] for run in runs.values())}"
 
 
 def continual_runs(records: Path) -> str:
     """Runs of several tasks in a row, from what `continual --save` wrote; names sort them."""
     found = {p.stem.partition("-")[2]: json.loads(p.read_text()) for p in sorted(records.glob("*"))}
     runs = {name.replace("_", " "): Continual(**run["continual"]) for name, run in found.items()}
-    commands = made_by(line for run in found.values() for line in run["commands"])
-    return f"{tables.summarise(runs)}\n\n{commands}"
+    return (
+        f"{of_tasks(runs)}\n{made_by(line for run in found.values() for line in run['commands'])}"
+    )
+
+
+def of_tasks(runs: dict[str, Continual]) -> str:
+    """What was known, forgotten and learned: a table for images, and one for pixels."""
+    images = tables.summarise(runs, ("image_auroc",))
+    parts = [("Image AUROC, and what holds of the whole run:", images)]
+    pixels = tables.summarise(runs, ("pixel_ap",))
+    known = [column for column in pixels.frame if column.endswith("pixel AP")]
+    if known:
+        parts.append(("Pixel AP:", tables.Shown(pixels.frame[known], pixels.percent)))
+    for _, shown in parts:
+        shown.frame.columns = [re.sub(" (image AUROC|pixel AP)$", "", c) for c in shown.frame]
+        shown.percent = ("A", "FM", "new", "memory")
+    return "\n".join(f"{title}\n\n{shown}\n" for title, shown in parts)
 
 
 def mean_table(records: Path) -> str:
@@ -182,52 +268,74 @@ def mean_table(records: Path) -> str:
 def plan_tables() -> str:
     """What the papers' sizes cost: weights and arithmetic, memory, hours, protection."""
     plans = plan.paper_plans()
+    sizes, hours = plan.size_table(plans), plan.hours_table(plans)
+    for shown in (sizes, hours):
+        shown.frame.index = shown.frame.index.map(_named)
+    sizes.frame.columns = [column.replace(" a ", " per ") for column in sizes.frame]
     parts = {
-        "Size and arithmetic:": plan.size_table(plans),
-        "Memory of a training step:": plan.memory_table(plans),
-        "Hours of the whole recipe, at the measured shares of a GPU's peak:": plan.hours_table(
-            plans
+        "Size and arithmetic (M: millions; TFLOP: 10¹² operations):": sizes,
+        "Memory of a training step, in GB:": _memory(plans),
+        "Hours of the whole recipe, at the measured shares of a GPU's peak:": hours,
+        "What the protection of old tasks adds in One-for-More:": plan.protection_table(
+            plans[-1].protection
         ),
-        "Protecting old tasks in One-for-More:": plan.protection_table(plans[-1].protection),
     }
     return "\n\n".join(f"{title}\n\n{table}" for title, table in parts.items()) + "\n"
 
 
-def card_tables(record: Path) -> str:
-    """What one card took at last, from its records: training steps, then predictions.
+def _memory(plans: Sequence[plan.Plan]) -> tables.Shown:
+    """GB of a step with one image and with the recipe's batch, and what a large card holds."""
+    found = [
+        {
+            "method": f"{_named(p.method)}, {precision}",
+            "one image": p.memory(1, precision),
+            "recipe's batch": p.batch_size,
+            "with that batch": p.memory(None, precision),
+            "largest batch in 80 GB": p.largest_batch(78, precision),
+        }
+        for p in plans
+        for precision in plan.PRECISIONS
+    ]
+    return tables.rows(found)
 
-    The bf16 figures of the record before stand beside them.
-    """
-    before, now = json.loads(record.read_text())[-2:]
-    steps, predictions, earlier = [], [], f"bf16 at {before['commit']}"
+
+def reproduce_tables(shown: tables.Shown) -> str:
+    """The plan of all settings in two tables: what is trained, and what it takes."""
+    costs = [column for column in shown.frame if column.endswith((", h", ", GB"))]
+    halves = {
+        "What is trained:": [column for column in shown.frame if column not in costs],
+        "What it takes:": costs,
+    }
+    found = (f"{title}\n\n{tables.Shown(shown.frame[part])}" for title, part in halves.items())
+    return "\n\n".join(found) + "\n"
+
+
+def card_tables(record: Path) -> str:
+    """What one card took at last, from its records: training steps, then predictions."""
+    now = json.loads(record.read_text())[-1]
+    steps, predictions = [], []
     for row in now["steps"]:
-        old = _same(row, before["steps"])
-        line = _of_method(row) | {"batch": row["batch"]}
-        line |= {kind: _step(row[kind]) for kind in ("float32", "tf32", "bf16")}
         fit = row.get("fit")
-        line |= {earlier: _step(old["bf16"]), "`fit` to a bare loop": f"{fit:.2f}" if fit else ""}
-        steps.append(line)
+        line = {"method": _named(row["method"]), "batch": row["batch"]}
+        names = {"float32": "float32", "TF32": "tf32", "bf16": "bf16"}
+        line |= {name: _step(row[kind]) for name, kind in names.items()}
+        steps.append(line | {"`fit` to a bare loop": f"{fit:.2f}" if fit else ""})
     for row in now["predictions"]:
-        old = _same(row, before["predictions"])
-        cells = {"float32": row["float32"], "bf16": row["bf16"], earlier: old["bf16"]}
+        cells = {"float32": row["float32"], "bf16": row["bf16"]}
         cells["bf16, compiled"] = row.get("compiled")
-        line = _of_method(row) | {"images at a time": row["batch"]}
+        line = {"method": _named(row["method"]), "images at a time": row["batch"]}
         predictions.append(line | {k: "" if v is None else f"{v:.0f} ms" for k, v in cells.items()})
     where = f"{now['card']}, PyTorch {now['torch']}, {now['pixels']} pixels, random weights"
     return (
         f"Measured at commit {now['commit']} on one {where}. A training step:\n\n"
-        f"{markdown_table(steps)}\nA prediction, for each image:\n\n{markdown_table(predictions)}\n"
-        f"{now.get('note', '')}\n"
+        f"{markdown_table(steps, numbers=True)}\nA prediction, for each image:\n\n"
+        f"{markdown_table(predictions, numbers=True)}\n{now.get('note', '')}\n"
     )
 
 
-def _of_method(row: dict) -> dict:
-    names = {"DecoDiff": "DeCo-Diff", "OneForMore": "One-for-More"}
-    return {"method": names.get(row["method"], row["method"])}
-
-
-def _same(row: dict, others: list[dict]) -> dict:
-    return next(o for o in others if (o["method"], o["batch"]) == (row["method"], row["batch"]))
+def _named(method: str) -> str:
+    """A method's name in the papers, for the name of its class."""
+    return method.replace("DecoDiff", "DeCo-Diff").replace("OneForMore", "One-for-More")
 
 
 def _step(cell: dict | None) -> str:

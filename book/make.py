@@ -25,6 +25,7 @@ from pathlib import Path
 
 import yaml
 
+from cards import buttons, cards
 from check_pages import problems
 from diffad_ref.tools.settings import plan_table
 from generated import (
@@ -33,13 +34,14 @@ from generated import (
     continual_table,
     interval_table,
     mean_table,
-    notebook_table,
     plan_tables,
+    reproduce_tables,
     result_tables,
-    status_page,
+    status_section,
 )
 from house import house_page
 from real_maps import map_pictures
+from slim import slim
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -48,11 +50,7 @@ RECORD = BUILD / "notebooks.json"  # what happened when they ran
 SOURCE = BUILD / "source"  # what Sphinx reads
 HTML = ROOT / "_build" / "html"
 
-DATA_SETS = {  # folders of book/records and their titles
-    "toy": "Toy factory, 64 pixels, one model for six categories",
-    "mvtec": "MVTec AD, two of fifteen categories, 256 pixels unless said otherwise",
-    "tile": "Magnetic tiles, a sample of real photographs, 128 pixels unless said otherwise",
-}
+DATA_SETS = ("toy", "mvtec", "tile")  # folders of book/records, a file of tables each
 
 
 def versions() -> dict[str, str]:
@@ -104,6 +102,7 @@ def run(notebooks: list[Path]) -> bool:
             "seconds": float(case.get("time")),
             "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "cores": os.cpu_count(),
+            "load": os.getloadavg()[1],  # processes that wanted to run, in the last five minutes
             "versions": versions(),
         }
     RECORD.write_text(json.dumps(record, indent=1))
@@ -117,6 +116,22 @@ def has_to_run(notebook: Path, record: dict[str, dict]) -> bool:
     return not fresh or not (EXECUTED / notebook.name).exists()
 
 
+def dressed(notebook: dict) -> dict:
+    """A notebook as the book shows it: figures with captions, and without progress bars.
+
+    A cell that draws has the metadata ``"figure": {"name": ..., "caption": ..., "alt": ...}``.
+    """
+    notebook["metadata"].pop("widgets", None)
+    for cell in notebook["cells"]:
+        bar = "application/vnd.jupyter.widget-view+json"
+        if "outputs" in cell:
+            cell["outputs"] = [o for o in cell["outputs"] if bar not in o.get("data", {})]
+        if figure := cell["metadata"].pop("figure", None):
+            look = {"figure": {k: figure[k] for k in ("name", "caption")}}
+            cell["metadata"]["mystnb"] = look | {"image": {"alt": figure["alt"]}}
+    return notebook
+
+
 def stage(notebooks: list[Path]) -> None:
     """Lay out what Sphinx reads: settings, pages, executed notebooks, generated tables."""
     shutil.rmtree(SOURCE, ignore_errors=True)
@@ -126,31 +141,35 @@ def stage(notebooks: list[Path]) -> None:
     (SOURCE / "notebooks").mkdir()
     for notebook in notebooks:
         ran = EXECUTED / notebook.name
-        shutil.copy2(ran if ran.exists() else notebook, SOURCE / "notebooks")
+        page = dressed(json.loads((ran if ran.exists() else notebook).read_text()))
+        (SOURCE / "notebooks" / notebook.name).write_text(json.dumps(page))
 
     record = read_record()
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
     generated = SOURCE / "book" / "_generated"
     generated.mkdir()
-    (generated / "notebooks.md").write_text(notebook_table(notebooks, record, repository))
-    (generated / "results.md").write_text(result_tables(ROOT / "book" / "records", DATA_SETS))
+    (generated / "start.md").write_text(buttons(notebooks, repository))
+    (generated / "cards.md").write_text(cards(notebooks, record, repository))
+    for name in DATA_SETS:
+        found = result_tables(ROOT / "book" / "records" / name)
+        (generated / f"results_{name}.md").write_text(found)
     ablations = interval_table(ROOT / "book" / "records" / "deco_diff_ablations")
     (generated / "deco_diff_ablations.md").write_text(ablations)
     continual = ROOT / "diffad_ref" / "weights" / "one_for_more_toy_3.json"
-    (generated / "continual.md").write_text(continual_table(continual))
+    (generated / "continual.md").write_text(continual_table(continual, "update|gamma"))
     for name in ("mvtec_continual", "toy_continual"):
         (generated / f"{name}.md").write_text(continual_runs(ROOT / "book" / "records" / name))
     for name in ("mvtec_features", "toy_features"):
         (generated / f"{name}.md").write_text(mean_table(ROOT / "book" / "records" / name))
     (generated / "plan.md").write_text(plan_tables())
-    (generated / "reproduce.md").write_text(f"{plan_table()}\n")
+    (generated / "reproduce.md").write_text(reproduce_tables(plan_table()))
     mvtec = Path(os.environ.get("DIFFAD_MVTEC", ROOT / "data" / "mvtec_ad"))
     shown = map_pictures(mvtec, ROOT / "runs", generated / "mvtec_maps.png")
     (generated / "mvtec_maps.md").write_text(shown)
     card = ROOT / "bench" / "h100.json"
     (generated / "card.md").write_text(card_tables(card))
     (generated / "house.md").write_text(house_page())
-    (SOURCE / "book" / "status.md").write_text(status_page(notebooks, record))
+    (generated / "status.md").write_text(status_section(notebooks, record))
 
 
 def render(everything: bool) -> bool:
@@ -162,6 +181,7 @@ def render(everything: bool) -> bool:
         command.append("--all")
     if subprocess.run(command, cwd=ROOT).returncode:
         return False
+    slim(HTML)
     found = problems(HTML)
     print("\n".join(found) or "Every page loads only files of this book.")
     return not found

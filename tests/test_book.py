@@ -12,7 +12,7 @@ import yaml
 import make
 from check_pages import problems
 from diffad_ref.metrics import METRICS
-from diffad_ref.tools import plan
+from diffad_ref.tools import plan, tables
 from generated import (
     card_tables,
     continual_runs,
@@ -20,26 +20,31 @@ from generated import (
     headline,
     interval_table,
     mean_table,
-    notebook_table,
     plan_tables,
+    reproduce_tables,
     result_tables,
-    status_page,
+    status_section,
+    wrapped,
 )
 from real_maps import map_pictures
+from slim import slim, used
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "book").glob("*.md"))
+PAGES = sorted([*(ROOT / "book").glob("*.md"), *(ROOT / "book" / "api").glob("*.md")])
 PROSE = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FILES = [p.relative_to(ROOT).with_suffix("") for p in (ROOT / "diffad_ref").rglob("*.py")]
 MODULES = sorted(".".join(p.parts) for p in FILES if not p.stem.startswith("__"))
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
-WRITTEN_BY_THE_BUILD = {"book/status"}
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 
 
-def chapters() -> set[str]:
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    return {toc["root"]} | {c["file"] for part in toc["parts"] for c in part["chapters"]}
+def chapters() -> list[str]:
+    found = [TOC["root"]]
+    for part in TOC["parts"]:
+        for chapter in part["chapters"]:
+            found += [chapter["file"], *(s["file"] for s in chapter.get("sections", ()))]
+    return found
 
 
 def notebook(path: Path, *markdown: str, code: str = "1") -> Path:
@@ -54,18 +59,36 @@ def notebook(path: Path, *markdown: str, code: str = "1") -> Path:
 
 
 def test_every_chapter_of_the_table_of_contents_is_a_file():
-    for chapter in chapters() - WRITTEN_BY_THE_BUILD:
+    for chapter in chapters():
         assert any((ROOT / f"{chapter}{ext}").exists() for ext in (".md", ".ipynb")), chapter
 
 
 def test_every_page_and_notebook_is_a_chapter():
     files = {p.relative_to(ROOT).with_suffix("").as_posix() for p in [*PAGES, *NOTEBOOKS]}
-    assert files == chapters() - WRITTEN_BY_THE_BUILD
+    assert sorted(files) == sorted(chapters())
 
 
-def test_every_module_is_on_the_api_page():
-    shown = re.findall(r"automodule:: (diffad_ref\.[\w.]+)", (ROOT / "book/api.md").read_text())
-    assert sorted(shown) == MODULES
+def test_chapters_are_numbered_as_their_files_are_and_other_pages_are_not():
+    numbered = [c["file"] for p in TOC["parts"] if p.get("numbered") for c in p["chapters"]]
+    assert numbered == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+    assert [int(path.stem[:2]) for path in NOTEBOOKS] == list(range(1, len(NOTEBOOKS) + 1))
+
+
+def test_every_module_has_its_page_below_the_api_page():
+    shown = {
+        path.stem: re.findall(r"automodule:: (diffad_ref\.[\w.]+)", path.read_text())
+        for path in (ROOT / "book/api").glob("*.md")
+    }
+    assert sorted(module for (module,) in shown.values()) == MODULES
+    assert all(module.endswith(f".{stem}") for stem, (module,) in shown.items())
+
+
+def test_the_api_page_names_every_module_once_with_a_sentence():
+    rows = re.findall(
+        r"\| \{doc\}`(\w+) <api/(\w+)>` \| .*\. \|", (ROOT / "book/api.md").read_text()
+    )
+    assert all(name == page for name, page in rows)
+    assert sorted(name for name, _ in rows) == sorted(m.rpartition(".")[2] for m in MODULES)
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda p: p.stem)
@@ -136,6 +159,15 @@ def test_each_formula_stands_in_the_index_and_beside_its_line_of_code(number):
     code = "".join(path.read_text() for path in (ROOT / "diffad_ref").glob("*.py"))
     assert re.search(rf"# .*\b{number}\b", code)
     assert rf"\tag{{{number}}}" in (ROOT / "book/equation_index.md").read_text()
+
+
+@pytest.mark.parametrize("number", [*FORMULAS, *(f"M{n + 1}" for n in range(7))])
+def test_each_entry_of_the_index_names_code_test_and_a_chapter_that_speaks_of_it(number):
+    entries = (ROOT / "book/equation_index.md").read_text().split("(eq-")
+    (entry,) = (e for e in entries if e.startswith(f"{number.lower()})=\n## {number} · "))
+    assert rf"\tag{{{number}}}" in entry and "- *Code:* " in entry and "- *Test:* " in entry
+    path = re.search(r"- \*Chapter:\* \[chapter \d+\]\(\.\./(notebooks/\w+\.ipynb)\)", entry)[1]
+    assert re.search(rf"\b{number}\b", (ROOT / path).read_text())
 
 
 def test_commands_in_the_readme_are_targets_of_the_makefile():
@@ -246,23 +278,20 @@ def test_a_notebook_whose_executed_copy_is_gone_runs_again(project):
 # --------------------------------------------------------------------------------- generated pages
 
 
-def test_the_landing_table_links_each_notebook_to_colab(tmp_path):
-    path = notebook(tmp_path / "01_a.ipynb", "# Title\n\n*Why\nso?*\n\nText.")
-    repository = {"url": "https://github.com/me/book", "branch": "main"}
-    table = notebook_table([path], {"01_a": {"seconds": 84.4}}, repository)
-    assert "[Title](../notebooks/01_a.ipynb) | Why so? | 1 min 24 s |" in table
-    assert (
-        "https://colab.research.google.com/github/me/book/blob/main/notebooks/01_a.ipynb" in table
-    )
-
-
-def test_the_status_page_tells_passed_failed_and_not_run_apart(tmp_path):
+def test_the_status_tells_passed_failed_and_not_run_apart(tmp_path):
     paths = [notebook(tmp_path / f"{n}.ipynb", f"# {n}\n\n*Q?*") for n in "abc"]
     ran = {"seconds": 3.0, "finished": "today", "cores": 2, "versions": {"torch": "9.9"}}
-    page = status_page(paths, {"a": {"passed": True, **ran}, "b": {"passed": False, **ran}})
-    outcomes = re.findall(r"\| (passed|\*\*failed\*\*|not run) \|", page)
+    text = status_section(paths, {"a": {"passed": True, **ran}, "b": {"passed": False, **ran}})
+    outcomes = re.findall(r"\| (passed|\*\*failed\*\*|not run) \|", text)
     assert outcomes == ["passed", "**failed**", "not run"]
-    assert "torch 9.9" in page
+    assert "torch 9.9" in text and "those of 2 CPU cores" in text
+
+
+@pytest.mark.parametrize("load, words", [(1.9, "Nothing else"), (7.3, "up to 7.3 processes")])
+def test_the_status_says_whether_the_machine_had_other_work(tmp_path, load, words):
+    path = notebook(tmp_path / "a.ipynb", "# a\n\n*Q?*")
+    ran = {"passed": True, "seconds": 3.0, "cores": 2, "load": load, "versions": {}}
+    assert words in status_section([path], {"a": ran})
 
 
 def save_record(path: Path, kinds: dict[str, float], **record) -> None:
@@ -283,35 +312,58 @@ def test_results_are_read_from_the_records_worst_method_first(tmp_path):
     for name, value in {"full_method": 0.75, "PCA": 0.1234}.items():
         commands = ["train", f"evaluate {name}"]
         save_record(tmp_path / "toy" / f"{name}.json", {"gear": value}, commands=commands)
-    text = re.sub(" +", " ", result_tables(tmp_path, {"toy": "Toys"}))
-    assert text.startswith("### Toys")
-    assert text.index("| PCA | 12.3 |") < text.index("| full method | **75.0** |")
+    text = re.sub(" +", " ", result_tables(tmp_path / "toy"))
+    images, pixels = text.split("Pixels:")
+    assert images.startswith("Images:\n\n| method | AUROC | AP | F1max |\n")
+    assert images.index("| PCA | 12.3 |") < images.index("| full method | **75.0** |")
+    assert "| method | AUROC | AP | F1max | AUPRO |" in pixels
     assert text.count("| method | bent |") == 2  # of a single category, a method a row
-    last = text.split("pixel AP:")[1]
+    last = text.split("pixel AP\n")[1]
     assert last.index("| PCA | 12.3 |\n") < last.index("| full method | **75.0** |\n")
     assert "train\nevaluate PCA\nevaluate full_method\n```" in text  # a command stands there once
-    assert "By category" not in text  # of a single one, the first table says it all
+    assert "By category" not in text  # of a single one, the first tables say it all
 
 
 def test_results_of_several_categories_show_kinds_as_rows_and_the_best_method_in_full(tmp_path):
-    for name, low in {"better": 0.5, "worse": 0.25}.items():
+    for name, low in {"better": 0.5, "worse": 0.25, "worse,_so": 0.2}.items():
         kinds = {"gear": low, "board": 0.5}
         save_record(tmp_path / "toy" / f"{name}.json", kinds, commands=[name])
-    text = re.sub(" +", " ", result_tables(tmp_path, {"toy": "Toys"}))
-    assert "| category | kind | worse | better |" in text
-    assert "| gear | bent | 25.0 | **50.0** |" in text
-    assert "By category, better:" in text and "| board | 50.0 |" in text.split("By category")[1]
+    text = re.sub(" +", " ", result_tables(tmp_path / "toy"))
+    assert "| kind | worse | better |" in text  # the variant "worse, so" stands in the means alone
+    assert "| gear, bent | 25.0 | **50.0** |" in text
+    assert "By category, better" in text and "| board | 50.0 |" in text.split("By category")[1]
 
 
 def test_results_say_what_a_method_costs_where_it_was_recorded(tmp_path):
     cost = {"training seconds": 65.0, "megabytes": 26.5}
     save_record(tmp_path / "toy" / "nearest.json", {"gear": 0.5}, cost=cost, commands=["a"])
     save_record(tmp_path / "toy" / "PCA.json", {"gear": 0.25}, commands=["b"])
-    text = re.sub(" +", " ", result_tables(tmp_path, {"toy": "Toys"}))
-    head = next(line for line in text.splitlines() if line.startswith("| method"))
-    assert head.endswith("| s per image | s to train | MB |")
-    assert re.search(r"\| nearest .*\| 65 \| 26.5 \|", text)
-    assert re.search(r"\| PCA .*\| \| \|", text)
+    text = re.sub(" +", " ", result_tables(tmp_path / "toy"))
+    assert "| method | ms per image | s to train | MB |" in text
+    assert "| nearest | 100 | 65 | 26.5 |" in text
+    assert "| PCA | 100 | | |" in text
+
+
+def test_results_show_the_interval_of_a_mean_beside_it(tmp_path):
+    options = {"commands": ["a"], "intervals": {"pixel_ap": [0.3, 0.45]}}
+    save_record(tmp_path / "toy" / "PCA.json", {"gear": 0.4}, **options)
+    text = result_tables(tmp_path / "toy")
+    assert (
+        text.count("40.0 (30.0–\N{WORD JOINER}45.0)") == 1
+        and "| PCA | 40.0 | 40.0 | 40.0 |" in text
+    )
+
+
+def test_no_table_of_the_results_is_too_wide_for_a_page():
+    for folder in make.DATA_SETS:
+        text = result_tables(ROOT / "book" / "records" / folder)
+        assert max(line.count("|") - 1 for line in text.splitlines()) <= 7, folder
+
+
+def test_a_long_command_is_broken_before_its_options():
+    command = "python -m diffad_ref train toy " + " ".join(f"--option-{k} value" for k in range(9))
+    lines = wrapped(command).split(" \\\n    ")
+    assert " ".join(lines) == command and max(map(len, lines)) < 79
 
 
 def test_maps_of_real_images_are_drawn_only_where_there_are_images(tmp_path, mvtec_root):
@@ -329,7 +381,7 @@ def test_variants_of_a_method_stand_with_their_intervals_in_the_order_of_their_f
         options = {"commands": ["train", name], "intervals": intervals}
         save_record(tmp_path / f"{name}.json", {"gear": 0.4}, **options)
     text = interval_table(tmp_path)
-    row = "| 40.0 (30.0–45.0) " * 3 + "|\n"
+    row = "| 40.0 (30.0–\N{WORD JOINER}45.0) " * 3 + "|\n"
     assert f"| as it is {row}| without it {row}" in text
     assert "train\n01-as_it_is\n02-without_it\n```" in text
 
@@ -340,11 +392,14 @@ def test_the_table_of_tasks_is_read_from_the_record_beside_the_weights(tmp_path)
         for k, c, v in ((0, "gear", 0.9), (1, "gear", 0.7), (1, "board", 0.8))
     ]
     run = {"tasks": [["gear"], ["board"]], "rows": rows, "taken": [{}, {"layer": [1, 4]}]}
-    runs = {"update": {"command": "continual toy", "continual": run}}
+    runs = {name: {"command": "continual toy", "continual": run} for name in ("update", "none")}
     (tmp_path / "w.json").write_text(json.dumps({"record": {"runs": runs}}))
     text = re.sub(" +", " ", continual_table(tmp_path / "w.json"))
-    assert "| update | 75.0 | 20.0 | 80.0 |" in text  # A, FM, new
-    assert "| 25.0 |\n" in text and "```bash\ncontinual toy\n```" in text
+    images, pixels = text.split("Pixel AP:")
+    for table in (images, pixels):
+        assert "| update | 75.0 | 20.0 | 80.0 |" in table  # A, FM, new
+    assert "| 25.0 |\n" in images and "```bash\ncontinual toy\n```" in text
+    assert "| none |" in text and "| none |" not in continual_table(tmp_path / "w.json", "update")
 
 
 def test_the_page_of_costs_tells_size_memory_and_hours_of_each_method(monkeypatch):
@@ -353,13 +408,61 @@ def test_the_page_of_costs_tells_size_memory_and_hours_of_each_method(monkeypatc
     sizes = 10**6, 10**6, 10**12, 10**12, peaks, 10**6, 10**5, 16, cost
     monkeypatch.setattr(plan, "paper_plans", lambda: [plan.Plan("OneForMore", *sizes)])
     text = plan_tables()
-    assert text.count("| OneForMore ") == 4  # size, memory at two precisions, hours
-    assert "| OneForMore, protected " in text and "projecting a step" in text
+    assert text.count("| One-for-More") == 5  # size, memory at two precisions, hours twice
+    assert "| One-for-More, protected " in text and "projecting a step" in text
+
+
+def test_the_plan_of_all_settings_stands_in_two_tables():
+    row = {"paper": "deco_diff", "setting": "mvtec", "models": 1, "steps": 10}
+    shown = tables.rows([row | {"T4, h": 2.5, "disk, GB": 1.5}], percent=(), labels=2)
+    trained, taken = re.sub(" +", " ", reproduce_tables(shown)).split("What it takes:")
+    assert "| deco_diff | mvtec | 1 | 10 |" in trained
+    assert "| deco_diff | mvtec | 2.5 | 1.5 |" in taken
 
 
 def test_the_results_page_has_records_of_every_data_set_that_it_names():
     for folder in make.DATA_SETS:
         assert list((ROOT / "book" / "records" / folder).glob("*.json")), folder
+
+
+# ------------------------------------------------------------------------------ what a page weighs
+
+
+def test_the_book_shows_captions_and_no_bars():
+    figure = {"name": "fig-01-a", "caption": "What to see.", "alt": "A gear."}
+    bar = {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}}}
+    text = {"output_type": "stream", "name": "stdout", "text": "1"}
+    cell = {"metadata": {"figure": figure, "tags": ["hide-input"]}, "outputs": [bar, text]}
+    page = make.dressed({"metadata": {"widgets": {}}, "cells": [cell, {"metadata": {}}]})
+    assert page["metadata"] == {} and page["cells"][0]["outputs"] == [text]
+    look = page["cells"][0]["metadata"]["mystnb"]
+    assert look["figure"] == {"name": "fig-01-a", "caption": "What to see."}
+    assert look["image"] == {"alt": "A gear."}
+
+
+def test_icons_that_no_page_names_are_dropped(tmp_path):
+    folder = tmp_path / "_static/vendor/fontawesome/6"
+    (folder / "css").mkdir(parents=True)
+    rules = [f'.fa-{name}:before{{content:"\\f0{n}"}}' for n, name in ((10, "bars"), (11, "gem"))]
+    (folder / "css/all.min.css").write_text(".fa{x:y}" + "".join(rules))
+    for name in ("js", "webfonts"):
+        (folder / name).mkdir()
+    (folder / "js/all.min.js").write_text("")
+    script = '<script src="_static/vendor/fontawesome/6/js/all.min.js?d=1"></script>'
+    (tmp_path / "a.html").write_text(f'<i class="fa fa-bars"></i>{script}')
+    for _ in range(2):  # a second time, nothing more
+        slim(tmp_path)
+        assert (tmp_path / "a.html").read_text() == '<i class="fa fa-bars"></i>'
+        assert (folder / "css/all.min.css").read_text() == ".fa{x:y}" + rules[0]
+    assert not (folder / "js/all.min.js").exists()
+
+
+def test_rules_for_what_no_page_has_are_dropped():
+    css = '@charset "UTF-8";a{b:c}.in,.out{d:e}.out .in{x:y}'
+    css += "@media print{.out{f:g}.in:not(.in,p){h:i}}"
+    kept = '@charset "UTF-8";a{b:c}.in{d:e}@media print{.in:not(.in,p){h:i}}'
+    assert used(css, {"in"}) == kept and used("@media print{.out{f:g}}", {"in"}) == ""
+    assert used("@font-face{src:url(a.woff)}", set()) == "@font-face{src:url(a.woff)}"
 
 
 # -------------------------------------------------------------------------------------- check_pages
@@ -406,8 +509,8 @@ def test_links_data_and_local_files_are_no_problem(tmp_path):
 
 def test_what_a_card_took_is_shown_from_its_record():
     text = card_tables(ROOT / "bench" / "h100.json")
-    assert "| DiffusionAD" in text and "too large" in text and "72 GiB" in text
-    assert "commit c50c077" in text and "0.44 s, 48 GiB" in text and "bf16 at 6499745" in text
+    assert "| DiffusionAD" in text and "too large" in text
+    assert "commit c50c077" in text and "0.44 s, 48 GiB" in text
     assert "compiled beside a training" in text
 
 

@@ -58,11 +58,10 @@ class Shown:
         texts = self._texts("**{}**", lambda text: text.replace("|", "\\|"))
         labels = texts.index.nlevels
         sides = ["left"] * labels + ["right"] * len(texts.columns)
-        flat = texts.reset_index(names=texts.index.names, allow_duplicates=True)
-        return flat.to_markdown(index=False, colalign=sides, disable_numparse=True)
+        return _flat(texts).to_markdown(index=False, colalign=sides, disable_numparse=True)
 
     def _repr_html_(self) -> str:
-        return self._texts("<b>{}</b>", html.escape).to_html(escape=False)
+        return _flat(self._texts("<b>{}</b>", html.escape)).to_html(escape=False, index=False)
 
     def _texts(self, strong: str, escape: Callable[[str], str]) -> DataFrame:
         """Every name and cell as a text, the best ones as `strong` says."""
@@ -85,6 +84,11 @@ class Shown:
         index = pd.MultiIndex.from_arrays(levels, names=named(frame.index.names))
         cells = DataFrame({column: written(frame[column], column) for column in frame}, index)
         return cells.set_axis(named(frame), axis=1)
+
+
+def _flat(texts: DataFrame) -> DataFrame:
+    """The names of rows as columns, so that their headings stand in line with the others."""
+    return texts.reset_index(names=texts.index.names, allow_duplicates=True)
 
 
 def _text(value, percent: bool) -> str:
