@@ -16,7 +16,7 @@ SEEN = {  # what the picture of each chapter shows, for those who do not see it
     6: "An arrow, its part along a line, and the rest of it",
     7: "A narrow matrix beside a wide one becomes a narrow one beside a part that is cut",
     8: "A circuit board without its chip, the board rebuilt with one, and a map of the difference",
-    9: "A circuit board, a map that glows where its chip is missing, and the map cut at a threshold",
+    9: "A circuit board, a map that glows where a chip is missing, and the map cut at a threshold",
     10: "The maps of three methods for the same circuit board",
 }
 
@@ -32,10 +32,11 @@ def colab(notebook: Path, repository: dict) -> str:
 def buttons(notebooks: Sequence[Path], repository: dict) -> str:
     """Two ways into the first chapter: read it here, or run it in Colab."""
     return (
+        ":::{div} buttons\n"
         f"```{{button-ref}} ../notebooks/{notebooks[0].stem}\n"
         ":ref-type: doc\n:color: primary\n\nRead chapter 1\n```\n\n"
         f"```{{button-link}} {colab(notebooks[0], repository)}\n"
-        ":color: primary\n:outline:\n\nOpen in Colab\n```\n"
+        ":color: primary\n:outline:\n\nOpen in Colab\n```\n:::\n"
     )
 
 
@@ -47,11 +48,12 @@ def cards(notebooks: Sequence[Path], record: dict, repository: dict) -> str:
         name, ran = f"card_{number:02}", record.get(notebook.stem)
         kind = "svg" if (Path(__file__).parent / "images" / f"{name}.svg").exists() else "webp"
         time = minutes(ran["seconds"]) if ran else "not run"
+        foot = f"{time} · [Colab]({colab(notebook, repository)}){{.colab}}"
         parts.append(
             f":::{{grid-item-card}} {number} · {title}\n"
             f":link: ../notebooks/{notebook.stem}\n:link-type: doc\n"
             f":img-top: images/{name}.{kind}\n:img-alt: {SEEN[number]}\n\n"
-            f"{question}\n\n{{.foot}}\n{time} · [Colab]({colab(notebook, repository)}){{.colab}}\n:::\n"
+            f"{question}\n\n```{{div}} foot\n{foot}\n```\n:::\n"
         )
     return "::::{grid} 1 2 2 2\n:gutter: 3\n:class-container: chapters\n\n" + "\n".join(
         [*parts, "::::\n"]

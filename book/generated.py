@@ -45,6 +45,13 @@ def headline(notebook: Path) -> tuple[str, str]:
     return found[1].strip(), " ".join(found[2].split())
 
 
+def _chapter(notebook: Path) -> str:
+    """Number and title of a chapter, with a link."""
+    number = re.match(r"\d+", notebook.stem)
+    words = f"{int(number[0])}. " if number else ""
+    return f"{words}[{headline(notebook)[0]}](../notebooks/{notebook.name})"
+
+
 def status_section(notebooks: Sequence[Path], record: dict) -> str:
     """Which notebook ran, with which outcome, when, for how long, and on what."""
     rows = []
@@ -53,7 +60,7 @@ def status_section(notebooks: Sequence[Path], record: dict) -> str:
         outcome = {True: "passed", False: "**failed**", None: "not run"}[ran.get("passed")]
         rows.append(
             {
-                "Notebook": f"[{headline(notebook)[0]}](../notebooks/{notebook.name})",
+                "Chapter": _chapter(notebook),
                 "Outcome": outcome,
                 "Run time": minutes(ran["seconds"]) if ran else "",
                 "Finished": ran.get("finished", ""),
@@ -132,7 +139,7 @@ def _means(reports: dict[str, Report], found: dict[str, dict], metrics: Sequence
             words = "" if value != value else f"{100 * value:.1f}"
             words = f"**{words}**" if len(reports) > 1 and value == top[metric] else words
             if metric in (limits := found[name].get("intervals", {})):
-                words += " ({:.1f}–{:.1f})".format(*(100 * v for v in limits[metric]))
+                words += f" {_interval(limits[metric])}"
             row[tables.HEADERS[metric].removeprefix("image ").removeprefix("pixel ")] = words
         rows.append(row)
     return markdown_table(rows, numbers=True)
@@ -206,9 +213,15 @@ def _limits(record: dict) -> dict[str, str]:
     """Means with their confidence intervals, in per cent."""
     mean, row = tables.from_plain(record["report"]).mean, {}
     for metric in ("image_auroc", "pixel_auroc", "pixel_ap"):
-        low, high = (100 * value for value in record["intervals"][metric])
-        row[tables.HEADERS[metric]] = f"{100 * mean[metric]:.1f} ({low:.1f}–{high:.1f})"
+        limits = _interval(record["intervals"][metric])
+        row[tables.HEADERS[metric]] = f"{100 * mean[metric]:.1f} {limits}"
     return row
+
+
+def _interval(limits: Sequence[float]) -> str:
+    """An interval in per cent, which is not broken in two lines."""
+    low, high = (100 * value for value in limits)
+    return f"({low:.1f}–\N{WORD JOINER}{high:.1f})"
 
 
 def continual_table(description: Path, chosen: str = "") -> str:
@@ -258,6 +271,7 @@ def plan_tables() -> str:
     sizes, hours = plan.size_table(plans), plan.hours_table(plans)
     for shown in (sizes, hours):
         shown.frame.index = shown.frame.index.map(_named)
+    sizes.frame.columns = [column.replace(" a ", " per ") for column in sizes.frame]
     parts = {
         "Size and arithmetic (M: millions; TFLOP: 10¹² operations):": sizes,
         "Memory of a training step, in GB:": _memory(plans),

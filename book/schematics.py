@@ -6,6 +6,7 @@ leaves its box goes into the other one, by the formula beside it.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 
@@ -243,7 +244,7 @@ def whole_book(titles: dict[int, str], pages: dict[int, str]) -> list[str]:
 
 CARD_6 = [
     '<path d="M30 58 L164 12" stroke="#b4619f" stroke-width="2"/>',
-    arrow("54 50 L104 10", kind="C"),
+    arrow("54 50 L104 10"),
     arrow("54 50 L126.3 25.2", kind="G", dashed=True),
     arrow("54 50 L41 17", kind="D"),
 ]
@@ -252,6 +253,28 @@ CARD_7 = [
     arrow("82 32 H118", kind="D"),
     block(126, 10, 18, 44, kind="G"), block(144, 10, 30, 44, kind="D"),
 ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- the emblem
+ACCENT, ACCENT_DARK, BETWEEN = "#0b7285", "#5cc5d9", "#1a8ba1"  # on light, on dark, on either
+TAB = f"{ACCENT} }} @media (prefers-color-scheme: dark) {{ svg {{ fill: {ACCENT_DARK} }}"
+NOISE = ((47, 14, 2.6), (52, 9, 1.7), (54, 16, 1.9), (46, 8, 1.4), (58, 11, 1.2), (51, 21, 1.3))
+
+
+def emblem(look: str) -> list[str]:
+    """A gear of eight teeth, of which one is still noise; the look is its colours."""
+    around = []
+    for tooth in range(8):
+        far = 21 if tooth == 7 else 29
+        for turn, radius in ((-14, 21), (-10, far), (10, far), (14, 21)):
+            angle = math.radians(45 * tooth + turn)
+            around.append(
+                f"{32 + radius * math.cos(angle):.1f} {32 + radius * math.sin(angle):.1f}"
+            )
+    hole = "M32 23 a9 9 0 1 0 0.01 0 Z"
+    dots = [f'<circle cx="{x}" cy="{y}" r="{r}"/>' for x, y, r in NOISE]
+    gear = f'<path fill-rule="evenodd" d="M{" L".join(around)} Z {hole}"/>'
+    return [f"<style>svg {{ fill: {look} }}</style>", gear, *dots]
 
 
 # ------------------------------------------------------------------------------------ all drawings
@@ -267,6 +290,8 @@ def drawings() -> dict[str, str]:
         "gradient_projection.svg": svg(GRADIENT_PROJECTION, 400, 638, "Gradient projection"),
         "whole_book.svg": svg(whole_book(titles, pages), 400, 430, "The chapters of the book"),
         "card_06.svg": svg(CARD_6, 194, 64, "A step and its two parts"),
+        "../static/logo.svg": svg(emblem(BETWEEN), 64, 64, "A gear, one tooth still noise"),
+        "../static/favicon.svg": svg(emblem(TAB), 64, 64, "A gear, one tooth still noise"),
         "card_07.svg": svg(CARD_7, 194, 64, "A basis takes in a chunk"),
     }
 

@@ -1,8 +1,9 @@
-"""The anomaly-masked network: a condition that cannot copy a defect.
+"""The anomaly-masked network: a condition that learns to overlook defects.
 
 A diffusion model that starts from pure noise must be told which image to rebuild; told too well,
-it rebuilds the defect too. Here attention may not look at a place's own neighbourhood, so that it
-is described from afar. The way past attention is closed by training on pasted anomalies (A3).
+it rebuilds the defect too. Attention may not look at a place's own neighbourhood (A1); the way
+past attention stays open, and training on pasted anomalies makes it overlook them (A3). In the
+tiny network only the training does: with or without the mask the same is measured (chapter 8).
 
 Li et al.: *One-for-More*, CVPR 2025, arXiv 2502.19848. Formulas A1-A3.
 """
@@ -126,5 +127,8 @@ class AnomalyMaskedNetwork(nn.Module):
 
 
 def anomaly_masked_loss(condition: Tensor, clean_features: Tensor) -> Tensor:
-    """How far condition and clean features (B, C, h, w) lie apart; neither is detached."""
+    """How far condition and clean features (B, C, h, w) lie apart; neither is detached.
+
+    Alone it makes all features constant; the noise term of O1 needs them to differ.
+    """
     return F.mse_loss(condition, clean_features)  # A3

@@ -109,10 +109,12 @@ class GradientProjectionMemory:
 
     By default all layers with trainable weights are protected; `choose(name, layer)` takes fewer.
     `gamma` is the share of a task's energy that the memory spans: 1 forbids every change that old
-    inputs would feel, 0 allows all. A layer gathers R Rᵀ, as large for many columns as for few; if
-    all layers together need more bytes than the `budget`, gather in `groups`. `bases` holds M of
-    each layer (features, r), or, if that is more than half full and so in `free`, its complement.
-    They rest on the CPU until a step needs them. `basis` gives M in any case.
+    inputs would feel, 0 allows all. The default is for small networks of your own: detectors have
+    0.999 (One-for-More's `paper` size) or 0.9999 (all else, `continual.GAMMA`). A layer gathers R
+    Rᵀ, as large for many columns as for few; if all layers together need more bytes than the
+    `budget`, gather in `groups`. `bases` holds M of each layer (features, r), or, if that is more
+    than half full and so in `free`, its complement. They rest on the CPU until a step needs them.
+    `basis` gives M in any case.
     """
 
     def __init__(self, model: nn.Module, choose=None, gamma: float = 0.97, budget: float = 8e9):

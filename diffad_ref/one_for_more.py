@@ -1,7 +1,7 @@
 """One-for-More: a diffusion model that learns products one after the other.
 
 A model that rebuilds an image from almost pure noise has no defect to copy; what it needs to know
-of the image comes through a condition that cannot copy one either (`anomaly_masked.py`). When a new
+of the image comes through a condition that learns to overlook one (`anomaly_masked.py`). When a new
 product arrives, the directions that the old ones need are protected (`gradient_projection.py`,
 `continual.py`). This file is the detector: how it is trained, how it rebuilds, how it compares.
 
@@ -79,7 +79,7 @@ class Config:
     condition_heads: Count = 8
     feed_forward: Count = 1025
     dropout: Share = 0.1
-    window: tuple[Count, Count] | None = (7, 7)  # neighbourhood that attention may not see
+    window: tuple[Count, Count] | None = (7, 7)  # that attention may not see; None: it sees all
     condition_channels: tuple[Count, ...] = (16, 16, 32, 32, 96, 96, 256)
     condition_strides: tuple[Count, ...] = (1, 1, 2, 1, 2, 1, 2, 1)
     masked_weight: NotNegative = 1.0  # of the anomaly-masked loss

@@ -348,7 +348,10 @@ def test_results_show_the_interval_of_a_mean_beside_it(tmp_path):
     options = {"commands": ["a"], "intervals": {"pixel_ap": [0.3, 0.45]}}
     save_record(tmp_path / "toy" / "PCA.json", {"gear": 0.4}, **options)
     text = result_tables(tmp_path / "toy")
-    assert text.count("40.0 (30.0–45.0)") == 1 and "| PCA | 40.0 | 40.0 | 40.0 |" in text
+    assert (
+        text.count("40.0 (30.0–\N{WORD JOINER}45.0)") == 1
+        and "| PCA | 40.0 | 40.0 | 40.0 |" in text
+    )
 
 
 def test_no_table_of_the_results_is_too_wide_for_a_page():
@@ -378,7 +381,7 @@ def test_variants_of_a_method_stand_with_their_intervals_in_the_order_of_their_f
         options = {"commands": ["train", name], "intervals": intervals}
         save_record(tmp_path / f"{name}.json", {"gear": 0.4}, **options)
     text = interval_table(tmp_path)
-    row = "| 40.0 (30.0–45.0) " * 3 + "|\n"
+    row = "| 40.0 (30.0–\N{WORD JOINER}45.0) " * 3 + "|\n"
     assert f"| as it is {row}| without it {row}" in text
     assert "train\n01-as_it_is\n02-without_it\n```" in text
 

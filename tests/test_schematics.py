@@ -48,10 +48,9 @@ def test_arrows_between_chapters_are_what_the_chapters_say_they_need():
     for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
         cells = json.loads(path.read_text())["cells"][:2]
         words = " ".join("".join(cell["source"]) for cell in cells)
-        found = re.search(r"Needs chapters? ([\d, and]+)", words)
-        said[int(path.name[:2])] = (
-            {int(n) for n in re.findall(r"\d+", found[1])} if found else set()
-        )
+        sentence = re.search(r"Needs [^.]+\.", re.sub(r" ?[<(][^>)]+[>)]", "", words))
+        numbers = re.findall(r"\d+", sentence[0]) if sentence else ()
+        said[int(path.name[:2])] = set(map(int, numbers))
 
     def behind(chapter: int, needs: dict) -> set[int]:
         return needs[chapter].union(*(behind(n, needs) for n in needs[chapter]))
