@@ -21,7 +21,7 @@ def prose(path: Path) -> str:
     """What is read at first sight: solutions are closed, formulas and code are no words."""
     text = "\n\n".join(cell["text"] for cell in cells(path, "markdown"))
     text = re.sub(r":::\{solution\}.*?\n:::", "", text, flags=re.DOTALL)
-    text = re.sub(r"```.*?```|^:\w+:.*$|^:::.*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"```[\s\S]*?```|^:\w+:.*$|^:::.*$", "", text, flags=re.MULTILINE)
     return re.sub(r"\$\$.*?\$\$|\$[^$]*\$", "x", text, flags=re.DOTALL)
 
 
