@@ -69,7 +69,8 @@ def extend_basis(
     square -= (square @ memory) @ memory.T  # ... and from the right: R_hat R_hatᵀ
     squares, vectors = torch.linalg.eigh(square)
     squares, vectors = squares.flip(0).clamp(min=0).double(), vectors.flip(1)
-    rank = rank_reaching(squares, gamma, total, total - squares.sum())  # G1, G3
+    spanned = (total - squares.sum()).clamp(min=0)
+    rank = rank_reaching(squares, gamma, total, spanned)  # G1, G3
     if not (reach or memory.shape[1]):
         rank = rank_below(squares, gamma, total)
     if columns == "residual":

@@ -525,3 +525,9 @@ def test_a_saved_memory_protects_as_the_original_does():
             both = memory._project(name, other), copy._project(name, other)
             torch.testing.assert_close(*both, atol=1e-5, rtol=0)
             torch.testing.assert_close(copy.basis(name), old[name], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_share_of_zero_takes_no_direction_whatever_rounding_says(seed):
+    matrix = torch.randn(30, 50, generator=torch.Generator().manual_seed(seed))
+    assert extend_basis(None, matrix, 0.0).shape == (30, 0)
