@@ -10,8 +10,14 @@ from fontTools.subset import Options, Subsetter, load_font, save_font
 SCRIPT = re.compile(
     r"<(?:script|link)[^>]*fontawesome[^>]*(?:all\.min\.js|woff2)[^>]*>(?:</script>)?"
 )
-ICON = re.compile(r'\.fa-([\w-]+):{1,2}before\{content:"\\([0-9a-f]+)"\}')
+ICON = re.compile(r'^(?:\.fa-[\w-]+:{1,2}before,?)+\{content:"\\([0-9a-f]+)"\}')
 CLASS = re.compile(r"\.([A-Za-z_][\w-]*)")
+MENDED = {  # what a screen reader needs, and the theme or an extension does not say
+    '<summary><span class="toctree-toggle"': '<summary aria-label="Pages below">'
+    '<span class="toctree-toggle"',
+    '<div role="list" class="citation-list">': '<div class="citation-list">',
+}
+EMPTY = re.compile(r"listItem\.appendChild\((\s*Search\.makeSearchSummary\([^)]*\))\s*\)")
 LARGE = ("bootstrap.css", "sphinx-design.min.css")  # mostly for what this book has not
 
 
@@ -19,9 +25,15 @@ def slim(html: Path) -> None:
     """Drop the script that draws icons, and what no page names of icons and of large styles."""
     pages = {path: path.read_text() for path in html.rglob("*.html")}
     for path, text in pages.items():
-        if (without := SCRIPT.sub("", text)) != text:
-            path.write_text(without)
+        better = SCRIPT.sub("", text)
+        for wrong, right in MENDED.items():
+            better = better.replace(wrong, right)
+        if better != text:
+            path.write_text(better)
     static = html / "_static"
+    search = static / "searchtools.js"  # it stumbles over a place without text
+    if search.exists():
+        search.write_text(EMPTY.sub(r'listItem.append(\1 ?? "")', search.read_text()))
     scripts = [p.read_text() for p in static.rglob("*.js") if "fontawesome" not in p.parts]
     names = set(re.findall(r"[A-Za-z_][\w-]*", "".join([*pages.values(), *scripts])))
     for path in static.rglob("*.css"):
@@ -63,11 +75,12 @@ def _icons(folder: Path, named: set[str], points: set[str]) -> None:
     """Keep the icons of these names and of these characters."""
     css, kept = folder / "css" / "all.min.css", []
     text = re.sub(r"/\*.*?\*/", "", css.read_text(), flags=re.DOTALL)
+    text = re.sub(r',url\([^)]*\.ttf\) format\("truetype"\)', "", text)
     for rule in re.findall(r"[^{}]+\{[^{}]*\}", text):
-        icons = ICON.findall(rule)
-        wanted = {point for name, point in icons if name in named}
-        points = points | wanted
-        if (wanted or not icons) and "v4compat" not in rule:
+        icon = ICON.match(rule)
+        wanted = icon and named & set(re.findall(r"\.fa-([\w-]+):", rule))
+        points = points | ({icon[1]} if wanted else set())
+        if (wanted or not icon) and "v4compat" not in rule:
             kept.append(rule)
     css.write_text("".join(kept))
     for font in (folder / "webfonts").iterdir():

@@ -146,7 +146,8 @@ def themed(svg: str, text: str) -> str:
     svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{own}{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{own}", svg)
     look = f"display:block;margin:0 auto;width:100%;height:auto;max-width:{1.6 * float(wide):.0f}px"
-    head = f'<svg class="figure" role="img" aria-label="{text}" style="{look}" '
+    role = "group" if "<a " in svg else "img"  # of what can be clicked, a reader wants the parts
+    head = f'<svg class="figure" role="{role}" aria-label="{text}" style="{look}" '
     head += f'viewBox="0 0 {wide} {high}" fill="currentColor" xmlns="http://www.w3.org/2000/svg" '
     head += 'xmlns:xlink="http://www.w3.org/1999/xlink">'
     return re.sub(r">\s+<", "><", head + svg[svg.index(">") + 1 :])
