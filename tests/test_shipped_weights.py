@@ -23,7 +23,12 @@ START = "one_for_more_photographs"  # knows no product, and is judged by none
 JUDGED = [name for name in NAMES if name != START]
 TOY = ("diffusion_ad_toy", "diffusion_ad_toy_segmentation_only")
 RECORDS = Path(__file__).parent.parent / "book" / "records"
-REPORTS = [path for path in RECORDS.glob("*/*.json") if not path.parent.name.endswith("continual")]
+OTHERS = ("continual", "gaps")  # of runs of several tasks, and of what a mask lets through
+REPORTS = [
+    path
+    for path in RECORDS.glob("*/*.json")
+    if not path.parent.name.endswith(OTHERS) and path.stem not in OTHERS
+]
 BOOK = sorted(str(path.relative_to(RECORDS).with_suffix("")) for path in REPORTS)
 
 
