@@ -7,7 +7,7 @@ from pandas import DataFrame
 
 from diffad_ref.evaluation import Report
 from diffad_ref.metrics import image_metrics, pixel_metrics
-from diffad_ref.tools.intervals import intervals
+from diffad_ref.tools.intervals import intervals, redrawn
 
 
 def report_of(n, shift, seed=0, categories=("a",), size=8):
@@ -77,3 +77,15 @@ def test_a_saved_report_has_no_maps_to_draw_from():
     report.maps = None
     with pytest.raises(ValueError, match="evaluate again"):
         intervals(report)
+
+
+def test_reports_on_the_same_images_get_the_same_draws():
+    worse, better = (report_of(20, shift, categories=("a", "b")) for shift in (0.4, 1.5))
+    one, other = (redrawn(report, draws=200) for report in (worse, better))
+    again = redrawn(worse, draws=200)
+    assert all((one[name] == again[name]).all() for name in one)
+    for name in one:
+        lead, shuffled = other[name] - one[name], other[name] - np.roll(one[name], 1)
+        assert lead.std() < shuffled.std(), name  # pairs vary less than strangers
+    low, high = intervals(worse, draws=200)["pixel_ap"]
+    assert low == np.percentile(one["pixel_ap"], 2.5) < high

@@ -16,19 +16,30 @@ from diffad_ref.metrics import Ranking
 def intervals(
     report: Report, draws: int = 1000, level: float = 0.95, seed: int = 0, bins: int = 1000
 ) -> dict[str, list[float]]:
-    """Confidence intervals of a report's means over its categories.
+    """Confidence intervals of a report's means over its categories, as `redrawn` finds them.
+
+    `level` is the share of the draws that lie inside. Returns the lowest and the highest value of
+    each metric.
+    """
+    edges = [50 * (1 - level), 50 * (1 + level)]
+    found = redrawn(report, draws, seed, bins)
+    return {name: np.percentile(values, edges).tolist() for name, values in found.items()}
+
+
+def redrawn(
+    report: Report, draws: int = 1000, seed: int = 0, bins: int = 1000
+) -> dict[str, np.ndarray]:
+    """A report's means over its categories, in many draws of its images.
 
     Good and defective images of each category are drawn again separately. Pixels are not: those
-    of one image say nearly the same.
+    of one image say nearly the same. Reports on the same images, in the same order, get the same
+    draws for the same seed, so the differences of their values are those of pairs.
 
     Parameters
     ----------
     report : Report
         With its maps and masks, as `evaluate` returns it.
-    draws : int
-    level : float
-        Share of the draws that lie inside.
-    seed : int
+    draws, seed : int
     bins : int
         Pixel values are sorted into bins between so many quantiles of the defective and as many
         of the normal pixels, so that each draw costs a matrix product and no sorting.
@@ -36,7 +47,7 @@ def intervals(
     Returns
     -------
     dict
-        Lowest and highest value of each metric. Metrics that are not defined are left out.
+        The values (draws,) of each metric. Metrics that are not defined are left out.
     """
     if report.maps is None:
         raise ValueError("the report has no maps: they are not saved, evaluate again")
@@ -50,11 +61,7 @@ def intervals(
             score[mine], bad[mine], report.maps[mine], report.masks[mine], times, bins
         ).items():
             found.setdefault(metric, []).append(values)
-    edges = [50 * (1 - level), 50 * (1 + level)]
-    return {
-        metric: np.percentile(np.mean(values, 0), edges).tolist()
-        for metric, values in found.items()
-    }
+    return {metric: np.mean(values, 0) for metric, values in found.items()}
 
 
 def _draw(bad: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
