@@ -227,11 +227,24 @@ def _interval(limits: Sequence[float]) -> str:
 def continual_table(description: Path, chosen: str = "") -> str:
     """Runs of several tasks in a row, from the record beside the weights of the last task.
 
-    Shown are those whose names match the pattern `chosen`; the commands are those of all.
+    Shown are those whose names match the pattern `chosen`; the commands are those of all. Beside
+    what the run of these weights found stands what they are found to reach now.
     """
-    runs = json.loads(description.read_text())["record"]["runs"]
+    record = json.loads(description.read_text())["record"]
+    runs, parts = record["runs"], []
     shown = {n: Continual(**r["continual"]) for n, r in runs.items() if re.match(chosen, n)}
-    return f"{of_tasks(shown)}\n{made_by(run['command'] for run in runs.values())}"
+    parts.append(of_tasks(shown))
+    if "report" in record:
+        now, run = tables.from_plain(record["report"]).mean, shown["update"]
+        values = [
+            f"{tables.HEADERS[m]} {100 * now[m]:.1f} (in the run {100 * run.a_metric(m):.1f})"
+            for m in ("image_auroc", "pixel_ap")
+        ]
+        parts.append(f"The weights of *update*, judged again: {', '.join(values)}.\n")
+    commands = [run["command"] for run in runs.values()]
+    if any("--energy" in command for command in commands):
+        commands.insert(0, "# --energy is gone since: R Rᵀ keeps all, so no share must be chosen")
+    return "\n".join([*parts, made_by(commands)])
 
 
 def continual_runs(records: Path) -> str:

@@ -402,6 +402,14 @@ def test_the_table_of_tasks_is_read_from_the_record_beside_the_weights(tmp_path)
     assert "| none |" in text and "| none |" not in continual_table(tmp_path / "w.json", "update")
 
 
+def test_the_weights_of_a_run_are_judged_again_beside_it():
+    text = continual_table(ROOT / "diffad_ref" / "weights" / "one_for_more_toy_3.json", "update")
+    found = re.search(r"judged again: .*, pixel AP ([\d.]+) \(in the run ([\d.]+)\)", text)
+    now, then = map(float, found.groups())
+    assert 0 < abs(now - then) < 0.5  # another draw of the noise, and nothing else
+    assert text.index("# --energy is gone since") < text.index("--energy 0.99999")
+
+
 def test_the_page_of_costs_tells_size_memory_and_hours_of_each_method(monkeypatch):
     peaks = {"float32": ((2**30, 2**30),), "bf16": ((2**30, 2**29),)}
     cost = plan.Protection(10**12, 10**12, 10**12, 2**30, 2**30, 3)

@@ -1,15 +1,19 @@
 """The command line, when the input is at fault: exit status 2 and one message, no traceback."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from diffad_ref import evaluation
+from diffad_ref import DiffusionAD, OneForMore, evaluation
 from diffad_ref.__main__ import main
 from diffad_ref.checkpoints import read_description, save
-from diffad_ref.diffusion_ad import DiffusionAD
+from diffad_ref.tools import reproduce
 from diffad_ref.training import STATE
 
 SETTINGS = ["width=8", "norm_groups=4", "multipliers=[1,1]", "attention_levels=[1]", "heads=2"]
@@ -233,3 +237,52 @@ def test_every_command_explains_itself(name, capsys):
         main([*filter(None, [name]), "--help"])
     assert error.value.code == 0
     assert f"usage: python -m diffad_ref {name}".strip() in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------- a GPU that is too small
+
+
+@pytest.fixture
+def full_card(monkeypatch):
+    """No step and no prediction finds room, on a card of 3 GB; what is only planned takes none."""
+
+    def full(method):
+        def run(self, x, *others):
+            images = x["image"] if isinstance(x, dict) else x
+            if images.is_meta or isinstance(images, FakeTensor):
+                return method(self, x, *others)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        return run
+
+    card = SimpleNamespace(total_memory=3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    for kind in (DiffusionAD, OneForMore):
+        for name in ("training_loss", "judge"):
+            monkeypatch.setattr(kind, name, full(getattr(kind, name)))
+
+
+def test_a_training_says_how_many_images_the_card_holds(words, fails, mvtec_root, full_card):
+    message = fails(*words["train"], mvtec_root, "--batch-size", "4096")
+    assert "4096 images at a time do not fit into 3 GiB" in message
+    count = int(re.search(r"By its size, a step has room for at most (\d+) images", message)[1])
+    assert 200 < count < 4096
+
+
+def test_so_does_a_continual_run(fails, mvtec_root, tmp_path, full_card):
+    continual = "continual", mvtec_root, "--tasks", "bottle", "carpet", "--image-size", "32"
+    message = fails(*continual, "--set", "start=null", "--steps", "2", "--out", tmp_path / "c")
+    assert "do not fit into 3 GiB" in message and "room for at most " in message
+
+
+def test_so_does_a_reproduction(fails, mvtec_root, tmp_path, full_card, monkeypatch):
+    monkeypatch.setattr(reproduce, "IMAGES", {"bottle": 3})
+    paper = "reproduce", "diffusion_ad", "mvtec", "--data", mvtec_root, "--only", "bottle"
+    way = "--profile", "tiny", "--image-size", "32", "--set", "width=8", "--set", "norm_groups=4"
+    message = fails(*paper, *way, "--set", "multipliers=[1,1,1]", "--out", tmp_path / "r")
+    assert "do not fit into 3 GiB" in message and "room for at most " in message
+
+
+def test_a_prediction_says_what_helps(words, fails, mvtec_root, full_card):
+    message = fails(*words["evaluate"], mvtec_root)
+    assert "the GPU's memory is too small" in message and "--batch-size" in message

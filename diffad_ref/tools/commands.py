@@ -108,7 +108,8 @@ class Train(Command):
         root = options.root_of(self.data, config.image_size)
         detector, data = self._detector_and_data(config, root)
         start = time.time()
-        history = da.fit(detector, data, out=self.out, **vars(self.training))
+        with plan.what_fits(detector, self.training.precision):
+            history = da.fit(detector, data, out=self.out, **vars(self.training))
         record = {
             "command": command,
             "seed": self.training.seed,
@@ -170,14 +171,11 @@ class Continual(Command):
         check_writable(self.save)
         config = self.model.config()
         names = ("protection", "gamma", "every", "later_rate", "later_steps")
-        result = da.fit_continual(
-            self.model.detector(config, sum(map(len, tasks)), self.training.seed),
-            options.root_of(self.data, config.image_size),
-            tasks,
-            self.out,
-            **{name: getattr(self, name) for name in names},
-            **vars(self.training),
-        )
+        settings = {name: getattr(self, name) for name in names} | vars(self.training)
+        detector = self.model.detector(config, sum(map(len, tasks)), self.training.seed)
+        root = options.root_of(self.data, config.image_size)
+        with plan.what_fits(detector, self.training.precision):
+            result = da.fit_continual(detector, root, tasks, self.out, **settings)
         for number in range(len(tasks)):
             weights = self.out / f"task_{number + 1}" / "weights"
             add_to_record(weights, {"command": command, "versions": versions()})
@@ -412,6 +410,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except torch.cuda.OutOfMemoryError as error:  # of a prediction; `fit` says it in other words
+        words = "the GPU's memory is too small for this: try a smaller --batch-size, or --precision"
+        print(f"diffad_ref: {words}\n{error}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, ImportError) as error:
         words = said(error) if isinstance(error, ValidationError) else str(error)
         words = words.rsplit(f"\n{type(error).__name__}: ", 1)[-1]  # of a process that loads

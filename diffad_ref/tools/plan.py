@@ -7,7 +7,8 @@ have. GB are 2³⁰ bytes, as on a card. Hours stand on measurements: nobody rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffad_ref.deco_diff import DecoDiff
-from diffad_ref.detector import Detector
+from diffad_ref.detector import Detector, precision_on
 from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.gradient_projection import GradientProjectionMemory, square_of
 from diffad_ref.one_for_more import OneForMore
@@ -34,6 +35,7 @@ GPUS = {"T4": (65, 8.1, 16), "A100 80 GB": (312, 19.5, 80), "H100 SXM": (989, 67
 # images in 0.153 s; PyTorch 2.11, nothing compiled). Other cards are assumed to reach the same.
 SHARES = {"DiffusionAD": 0.133, "DecoDiff": 0.178, "OneForMore": 0.073}
 SAME = {"fp16": "bf16", "tf32": "float32"}  # in bytes
+CONTEXT = 1.0  # GB of a card that tensors do not get: of CUDA, and gaps between allocations
 MATRIX_SHARE = 0.5  # of the float32 peak, of products of large matrices: assumed, not measured
 
 
@@ -195,6 +197,22 @@ def plan(detector: Detector, latents: bool = False, images: int = 209) -> Plan:
         sum(stage.steps for stage in stages),
         stage.batch_size,
     )
+
+
+@contextmanager
+def what_fits(detector: Detector, precision: str = "auto") -> Iterator[None]:
+    """If a GPU is too small for a training step, say what `fit` says, and how many images fit."""
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(error.__cause__, torch.cuda.OutOfMemoryError):
+            raise
+        with torch.device("meta"):  # a copy, for which the GPU needs no room
+            copy = type(detector)(replace(detector.config, stages=(detector.stage,)))
+        room = torch.cuda.get_device_properties(detector.device).total_memory / GB - CONTEXT
+        count = plan(copy).largest_batch(room, precision_on(detector.device, precision))
+        found = f"at most {count} images" if count else "not even one image"
+        raise ValueError(f"{error}. By its size, a step has room for {found}") from error
 
 
 # ------------------------------------------------------------------------------------------ tables

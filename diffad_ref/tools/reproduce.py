@@ -28,6 +28,7 @@ from diffad_ref.continual import HARMLESS
 from diffad_ref.detector import Detector, precision_on
 from diffad_ref.metrics import METRICS
 from diffad_ref.tools import tables
+from diffad_ref.tools.plan import what_fits
 from diffad_ref.tools.protocols import PROTOCOLS
 from diffad_ref.tools.records import device_name, megabytes, versions
 from diffad_ref.tools.settings import IMAGES, Setting, only, recipe, setting_of
@@ -226,7 +227,8 @@ def _seconds_a_step(detector: Detector, data, precision: str, stage: da.Stage) -
     for steps in (1, *few):  # the first reads the images
         trial = deepcopy(detector)
         trial.stages, start = (stage,), time.perf_counter()
-        da.fit(trial, data, steps, precision=precision, progress=False)
+        with what_fits(trial, precision):
+            da.fit(trial, data, steps, precision=precision, progress=False)
         seconds.append(time.perf_counter() - start)
     return max(1e-4, (seconds[2] - seconds[1]) / (few[1] - few[0]))
 
@@ -257,7 +259,8 @@ def _apart(detector, setting, data, root, out, protocol, training) -> dict:
 def _one_model(model, group, train, root, folder, protocol, training) -> None:
     """Train it and judge it; weights and results come to a folder."""
     resumed, start = (folder / STATE).exists(), time.time()
-    history = da.fit(model, train, out=folder, **training)
+    with what_fits(model, training.get("precision", "auto")):
+        history = da.fit(model, train, out=folder, **training)
     result = {"steps": len(history.rows), "megabytes": megabytes(model)}
     result["training seconds"] = None if resumed else time.time() - start  # of the whole run
     test = model.folder(root, "test", categories=list(group))
@@ -272,7 +275,8 @@ def _one_model(model, group, train, root, folder, protocol, training) -> None:
 def _continual(detector, setting, data, root, out, protocol, training) -> dict:
     """One model that learns task after task: means after the last, and what was forgotten."""
     resumed, start = (out / "task_1").exists(), time.time()
-    result = da.fit_continual(detector, root, setting.groups, out, **training)
+    with what_fits(detector, training.get("precision", "auto")):
+        result = da.fit_continual(detector, root, setting.groups, out, **training)
     cost = {"training seconds": None if resumed else time.time() - start}  # judging included
     cost["megabytes"] = megabytes(detector)
     test = detector.folder(root, "test", categories=list(detector.categories))
