@@ -133,7 +133,7 @@ def test_a_page_is_readable_for_everybody(visit, page):
     assert tab.weight() <= limit, f"{tab.weight() / 1e6:.2f} MB"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", READ)
 def test_a_page_fits_a_phone(visit, page):
     tab = visit(page, 390)
     assert [overflow(tab) for _ in themes(tab)] == ["", ""]
