@@ -58,7 +58,8 @@ def load(path: str | os.PathLike, method: str | None = None) -> Detector:
         raise ValueError(f"{path} holds weights of {found}, not of {method}")
     if found not in Detector.methods:
         known = ", ".join(Detector.methods)
-        raise ValueError(f"{path} holds {found!r}; of methods, only {known} are imported")
+        words = f"of methods, only {known} are imported: import the module that defines it"
+        raise ValueError(f"{path} holds {found!r}; {words}")
     kind, before = Detector.methods[found], description["config"]
     try:
         detector = kind(config := config_of(kind.Config, before))

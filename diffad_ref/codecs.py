@@ -46,16 +46,22 @@ class Codec(nn.Module):
     """What latent methods need of a codec. It is frozen: no gradient reaches its weights.
 
     Images are (B, 3, H, W) in [0, 1]; latents are (B, C, H/f, W/f) with a variance of about 1. A
-    kind of codec says how it learns or loads what it must know (`prepare`) and whether it does
-    (`is_ready`; on the meta device, where nothing has a value, it does), what the `_posterior` of
-    images in [-1, 1] is, and how to `decode` latents to images about in [-1, 1], not clamped.
+    kind of codec says how it learns or loads what it must know (`prepare`), what the `_posterior`
+    of images in [-1, 1] is, and how to `decode` latents to images about in [-1, 1], not clamped.
     """
 
-    _ready = borrowed = False  # whether its device was asked; whether it comes from elsewhere
+    borrowed = False  # whether its weights come from elsewhere
+    known_by, _ready = "ready", False  # a buffer; once it is known, the device is not asked again
 
     def __init__(self, config: CodecConfig):
         super().__init__()
         self.config = config
+
+    def is_ready(self) -> bool:
+        """Whether it knows; on the meta device, where nothing has a value, it does."""
+        told = getattr(self, self.known_by)
+        self._ready = self._ready or told.is_meta or bool(told.any())
+        return self._ready
 
     def posterior(self, images: Tensor) -> Tensor:
         """Mean and standard deviation of the latents of images, stacked: (B, 2C, H/f, W/f)."""
@@ -102,16 +108,14 @@ class PatchPCA(Codec):
     drown the others.
     """
 
+    known_by = "components"
+
     def __init__(self, config: CodecConfig):
         super().__init__(config)
         values = 3 * config.factor**2  # numbers in a patch
         self.register_buffer("mean", torch.zeros(values))
         self.register_buffer("components", torch.zeros(config.channels, values))
         self.register_buffer("spread", torch.ones(config.channels))
-
-    def is_ready(self) -> bool:
-        self._ready = self._ready or self.components.is_meta or bool(self.components.any())
-        return self._ready
 
     @torch.no_grad()
     def prepare(self, dataset) -> None:
@@ -168,10 +172,6 @@ class KLCodec(Codec):
             scaling_factor=config.scale,
         )
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
-
-    def is_ready(self) -> bool:
-        self._ready = self._ready or self.ready.is_meta or bool(self.ready)
-        return self._ready
 
     def prepare(self, dataset) -> None:
         """Load the published weights; ValueError if they are not what the config says."""

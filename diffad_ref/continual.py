@@ -132,6 +132,8 @@ def fit_continual(
         As for `fit`, for each task.
     """
     check_tasks(tasks)
+    if "on_optimizer" in options:
+        raise ValueError("on_optimizer is what protects old tasks: it cannot be another")
     if protection not in PROTECTIONS:
         raise ValueError(f"protection is one of {', '.join(PROTECTIONS)}, not {protection!r}")
     gamma = getattr(detector.config, "gamma", GAMMA) if gamma is None else gamma
@@ -201,8 +203,8 @@ def _learn(detector, memory, root, tasks, protection: str, every: int, options: 
 
 def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
     """Refuse tasks that are empty or share a category."""
-    if not tasks or not all(tasks):
-        raise ValueError("every task needs at least one category")
+    if not tasks or not all(tasks) or any(isinstance(task, str) for task in tasks):
+        raise ValueError('every task needs at least one category: [["bottle"], ["cable"]], say')
     names = [name for task in tasks for name in task]
     if shared := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"categories in more than one task: {', '.join(shared)}")

@@ -258,6 +258,15 @@ class AnomalyFolder(Dataset):
         return {name: part.permute(2, 0, 1).contiguous() for name, part in tensors.items()}
 
 
+def _to_learn_from(batch) -> dict:
+    """A batch, unless it is none, or something in it is known to be defective."""
+    if not isinstance(batch, dict):
+        raise ValueError(f"samples are dicts, as those of `AnomalyFolder`, not {type(batch)}")
+    if torch.as_tensor(batch.get("label", 0)).any():
+        raise ValueError("there are defective images to learn from: is this the test split?")
+    return batch
+
+
 def as_floats(sample: dict) -> dict:
     """Pictures of a sample or batch from bytes to float32: images from 0 to 1, masks 0 or 1."""
     bytes_ = {k: v for k, v in sample.items() if isinstance(v, Tensor) and v.dtype == torch.uint8}
@@ -293,13 +302,15 @@ class Feed:
         with ThreadPoolExecutor() as pool:  # while one decodes, others may
             samples = pool.map(self.dataset.__getitem__, range(count))
             samples = list(tqdm(samples, "read", count, leave=False, disable=not progress))
-        return send_to_device(default_collate(samples), self.device, non_blocking=True)
+        held = _to_learn_from(default_collate(samples))
+        return send_to_device(held, self.device, non_blocking=True)
 
     def batches(self, numbers: np.ndarray) -> Iterator[dict]:
         """The samples of such numbers (count, B), batch by batch."""
         if self.held is None:
             for batch in DataLoader(self.dataset, batch_sampler=numbers.tolist(), **self.settings):
-                yield as_floats(send_to_device(batch, self.device, non_blocking=True))
+                batch = send_to_device(_to_learn_from(batch), self.device, non_blocking=True)
+                yield as_floats(batch)
             return
         places = torch.from_numpy(numbers).to(self.device)
         for names, place in zip(numbers.tolist(), places, strict=True):

@@ -37,6 +37,7 @@ from diffad_ref.detector import (
     Stages,
     checked,
     network_fits,
+    said_by,
 )
 from diffad_ref.diffusion import Draw, Schedule
 from diffad_ref.maps import clip_and_scale, enlarge, gaussian_filter
@@ -321,11 +322,15 @@ class DecoDiff(Detector):
 
     def prepare(self, dataset) -> None:
         """Train or load the codec, before the first step of a training run."""
-        names, classes = getattr(dataset, "categories", ()), self.config.classes
+        names, classes = said_by(dataset, "categories", ()), self.config.classes
         if len(names) > classes:
             found = f"{len(names)} categories do not fit into a table of {classes} classes"
             raise ValueError(f"{found}; build the detector with classes=...")
-        self.codec.prepare(dataset)
+        if (theirs := said_by(dataset, "codec")) is None:
+            return self.codec.prepare(dataset)
+        pairs = zip(self.codec.state_dict().values(), theirs.state_dict().values(), strict=True)
+        if theirs.config != self.codec.config or not all(a.equal(b.to(a)) for a, b in pairs):
+            raise ValueError("these are latents of another codec than this detector's")
 
     def training_loss(self, batch, generator):
         """Scalar "loss" for a batch of normal images, or of their latents (C5)."""

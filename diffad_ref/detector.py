@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
 
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.diffusion import Schedule, seeded
@@ -167,9 +169,9 @@ def divide(widths: Sequence[int], **numbers: int) -> None:
 class Detector(nn.Module, ABC):
     """Base class of DiffusionAD, DeCo-Diff and One-for-More.
 
-    A subclass defines `Config`, a frozen dataclass with `image_size`, `stages`, `tiny()`, `small()`
-    and `paper()`, builds its networks, and implements `training_loss` and `judge`. Its direct
-    children are the parts that a `Stage` names.
+    A subclass defines `Config`, a `@checked` dataclass with `image_size: int`, `stages: Stages`,
+    and what else it needs; builds its networks, and implements `training_loss` and `judge`. Its
+    direct children are the parts that a `Stage` names.
     """
 
     Config: type
@@ -186,22 +188,35 @@ class Detector(nn.Module, ABC):
             name = type(self).__name__
             sizes = f"{name}.tiny() is for two CPU cores, {name}.paper() the published size"
             raise TypeError(f"how large? {sizes}; {name}(config) takes any {name}.Config")
-        self.config, self.stages = config, config.stages
+        if not all(isinstance(stage, Stage) for stage in config.stages):
+            raise ValueError(
+                "stages must be `Stage`s: a @checked config with stages: Stages sees to"
+            )
+        self.config = config
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The recipe of its config, which may be set."""
+        return self.config.stages
+
+    @stages.setter
+    def stages(self, stages: Sequence[Stage]) -> None:
+        self.config = replace(self.config, stages=tuple(stages))
 
     @classmethod
-    def tiny(cls, **changes) -> Detector:
+    def tiny(cls, *sizes, **changes) -> Detector:
         """The size for two CPU cores; arguments are those of `Config.tiny`."""
-        return cls(cls.Config.tiny(**changes))
+        return cls(cls.Config.tiny(*sizes, **changes))
 
     @classmethod
-    def small(cls, **changes) -> Detector:
+    def small(cls, *sizes, **changes) -> Detector:
         """The size for a GPU and little time; arguments are those of `Config.small`."""
-        return cls(cls.Config.small(**changes))
+        return cls(cls.Config.small(*sizes, **changes))
 
     @classmethod
-    def paper(cls, **changes) -> Detector:
+    def paper(cls, *sizes, **changes) -> Detector:
         """The published size; arguments are those of `Config.paper`."""
-        return cls(cls.Config.paper(**changes))
+        return cls(cls.Config.paper(*sizes, **changes))
 
     @abstractmethod
     def training_loss(self, batch: dict, generator: torch.Generator) -> dict[str, Tensor]:
@@ -226,10 +241,20 @@ class Detector(nn.Module, ABC):
         if "image" in batch:
             sizes = self.view("train")["image_size"], self.config.image_size
             self.check(batch["image"], *sizes, wait=False)
+            batch = batch | {"image": batch["image"].float()}
+        elif "posterior" not in batch:
+            demand(batch, "image")
         count = len(batch["posterior" if "posterior" in batch else "image"])
         index = self.classes_of(batch.get("category_index"), count, wait=False)
         generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
-        return self.training_loss(batch | {"category_index": index}, generator)
+        try:
+            losses = self.training_loss(batch | {"category_index": index}, generator)
+        except KeyError as error:
+            demand(batch, *filter(lambda name: isinstance(name, str), error.args))
+            raise
+        if not isinstance(losses, dict) or not isinstance(losses.get("loss"), Tensor):
+            raise ValueError(f'training_loss gives a dict of scalars with "loss", not {losses!r}')
+        return losses
 
     @torch.no_grad()
     def predict(
@@ -251,6 +276,8 @@ class Detector(nn.Module, ABC):
                 found = self.eval().judge(x, index, generators)
         finally:
             self.train(training)
+        if not isinstance(found, Prediction):
+            raise ValueError(f"judge gives a Prediction, not a {type(found).__name__}")
         names = ("anomaly_map", "score", "reconstruction")
         return replace(found, **{name: getattr(found, name).float() for name in names})
 
@@ -320,7 +347,21 @@ class Detector(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
-        return next(self.parameters()).device
+        return next(chain(self.parameters(), self.buffers())).device
+
+
+def said_by(dataset: Dataset, name: str, default=None):
+    """What a data set says of itself; a `Subset` says what the whole says."""
+    while isinstance(dataset, Subset) and not hasattr(dataset, name):
+        dataset = dataset.dataset
+    return getattr(dataset, name, default)
+
+
+def demand(sample: dict, *names: str) -> None:
+    """Refuse what is no sample or batch with these entries, as those of `AnomalyFolder` are."""
+    if not isinstance(sample, dict) or not sample.keys() >= set(names):
+        found = sorted(sample) if isinstance(sample, dict) else type(sample)
+        raise ValueError(f"a sample is a dict with {', '.join(names)}, not {found}")
 
 
 def for_each(images: Tensor, generator: torch.Generator) -> list[torch.Generator]:

@@ -83,8 +83,10 @@ class Config:
         divide([self.width * m for m in self.multipliers], heads=self.heads)
         for name, (first, end) in {"s": self.t_s_range, "b": self.t_b_range}.items():
             if not first < end <= self.steps or getattr(self, f"t_{name}") >= self.steps:
-                found = f"t_{name} and t_{name}_range"
-                raise ValueError(f"{found} must rise, and lie in the schedule's {self.steps} steps")
+                found = f"t_{name} and t_{name}_range, which rises,"
+                raise ValueError(f"{found} must lie in the schedule's {self.steps} steps")
+        if self.t_s > self.t_b:
+            raise ValueError(f"t_s {self.t_s} is the small scale: it lies below t_b {self.t_b}")
         if not set(self.attention_levels) <= set(range(len(self.multipliers))):
             found = f"attention_levels {self.attention_levels}"
             raise ValueError(f"{found} are not among the {len(self.multipliers)} levels, from 0")

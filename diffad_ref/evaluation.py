@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffad_ref.data import loading
+from diffad_ref.detector import demand, said_by
 from diffad_ref.diffusion import seeded
 from diffad_ref.metrics import METRICS, image_metrics, pixel_metrics
 
@@ -90,6 +91,7 @@ def judged(
     device, bits = detector.device, {} if precision == "float32" else {"precision": precision}
     batches = DataLoader(dataset, batch_size, **loading(device))
     for batch in tqdm(batches, "judge", disable=not progress):
+        demand(batch, "image")
         x, index = batch["image"].to(device), index_of(batch) if index_of else None
         start = _now(device)
         prediction = detector.predict(x, index, seeded(device, seed), **bits)
@@ -105,13 +107,15 @@ def _predict_all(detector, dataset, batch_size: int, way: dict):
     known = list(getattr(detector, "categories", ()))
     rows, maps, masks, total = [], [], [], 0.0
 
-    def index_of(batch: dict) -> Tensor:
+    def index_of(batch: dict) -> Tensor | None:
+        demand(batch, "label", "category", "kind")
         if "unlabelled" in batch["kind"]:
             raise ValueError("the images are unlabelled: they can be predicted, not evaluated")
         if strange := sorted(set(batch["category"]) - set(known or batch["category"])):
             raise ValueError(f"the detector never saw {strange}; it knows {known}")
-        index = [known.index(c) for c in batch["category"]] if known else batch["category_index"]
-        return torch.as_tensor(index, device=detector.device)
+        if not known:
+            return batch.get("category_index")
+        return torch.tensor([known.index(c) for c in batch["category"]], device=detector.device)
 
     for batch, prediction, seconds in judged(detector, dataset, batch_size, index_of, **way):
         total += seconds
@@ -120,7 +124,7 @@ def _predict_all(detector, dataset, batch_size: int, way: dict):
         row = {name: batch[name] for name in ("path", "category", "kind") if name in batch}
         rows.append(row | {"label": batch["label"], "score": prediction.score.cpu()})
     images = concat([DataFrame(row) for row in rows], ignore_index=True)
-    if root := getattr(dataset, "root", None):  # a report may travel
+    if root := said_by(dataset, "root"):  # a report may travel
         images["path"] = [Path(path).relative_to(root).as_posix() for path in images["path"]]
     return images, torch.cat(maps), torch.cat(masks), total
 
@@ -172,6 +176,8 @@ def _check(prediction, batch: dict) -> None:
     if maps.shape != (count, height, width) or scores.shape != (count,):
         found = f"maps {tuple(maps.shape)} and scores {tuple(scores.shape)}"
         raise ValueError(f"the detector returned {found}; expected maps {(count, height, width)}")
+    if "mask" in batch and batch["mask"].shape != (wanted := (count, 1, height, width)):
+        raise ValueError(f"masks of a batch are {wanted}, not {tuple(batch['mask'].shape)}")
     whole = (maps.flatten(1).isfinite().all(1) & scores.isfinite()).tolist()
     if not all(whole):
         names = sorted({c for c, good in zip(batch["category"], whole, strict=True) if not good})

@@ -249,9 +249,16 @@ class GradientProjectionMemory:
         if updates:
             optimizer.register_step_pre_hook(lambda *_: self.remember())
             optimizer.register_step_post_hook(lambda *_: self.project_step())
-        for module in self.model.modules() if rest == "freeze" else ():
+        lost = []
+        for name, module in self.model.named_modules() if rest == "freeze" else ():
             if getattr(module, "running_mean", None) is not None:
                 module.eval()
+            weight = getattr(module, "weight", None)
+            learns = isinstance(weight, nn.Parameter) and weight.requires_grad and weight.ndim > 1
+            if learns and name not in self.layers:
+                lost.append(f"{name} ({type(module).__name__})")
+        if lost:
+            warnings.warn(f"cannot be protected, so frozen: {', '.join(lost[:5])}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is held for each layer, on the CPU, as "name", or "name.free": the complement."""

@@ -70,13 +70,25 @@ def feature_distance(features: list[Tensor], others: list[Tensor], size: int) ->
     return sum(levels)[:, 0]  # O3
 
 
-class PretrainedFeatures(nn.Module):
+class Prepared(nn.Module):
+    """What must learn or load something before it can be used; its buffer `known_by` holds it."""
+
+    known_by, _ready = "ready", False  # once it is known here, the device is not asked again
+
+    def is_ready(self) -> bool:
+        """Whether it has; on the meta device, where nothing has a value, it has."""
+        told = getattr(self, self.known_by)
+        self._ready = self._ready or told.is_meta or bool(told.any())
+        return self._ready
+
+
+class PretrainedFeatures(Prepared):
     """Stages, 0 to 4, of one of timm's networks; the next has half the pixels of the last.
 
     Released: ResNet-50's 1, 2, 3 for MVTec AD, and 0, 2, 4 for VisA. ValueError if there are none.
     """
 
-    _ready, borrowed = False, True  # the device is asked once; weights come from elsewhere
+    borrowed = True  # its weights come from elsewhere
 
     def __init__(self, name: str = "resnet50", stages: tuple[int, ...] = (1, 2, 3)):
         import timm
@@ -97,11 +109,6 @@ class PretrainedFeatures(nn.Module):
             return
         self.network.load_state_dict(pretrained_state(self.name, **self.settings))
         self.ready.fill_(True)
-
-    def is_ready(self) -> bool:
-        """Whether it has weights; on the meta device, where nothing has a value, it has."""
-        self._ready = self._ready or self.ready.is_meta or bool(self.ready)
-        return self._ready
 
     def train(self, mode: bool = True) -> PretrainedFeatures:
         """Stay in evaluation mode: its normalisation must not learn."""
@@ -140,13 +147,13 @@ def pretrained_state(name: str, **settings) -> dict[str, Tensor]:
     return {name: state[name] for name in own}
 
 
-class PatchFeatures(nn.Module):
+class PatchFeatures(Prepared):
     """Principal components of small patches, at several scales, all of equal strength.
 
     The image is shrunk by each scale; of its patches the first components are the channels.
     """
 
-    _ready = False  # once known here, the device is not asked again
+    known_by = "filters"
 
     def __init__(self, scales: tuple[int, ...] = (1, 2, 4), patch: int = 5, channels: int = 12):
         super().__init__()
@@ -180,11 +187,6 @@ class PatchFeatures(nn.Module):
             )
             for x, filters, mean in zip(self._pyramid(images), self.filters, self.mean, strict=True)
         ]
-
-    def is_ready(self) -> bool:
-        """Whether it has learnt; on the meta device, where nothing has a value, it has."""
-        self._ready = self._ready or self.filters.is_meta or bool(self.filters.any())
-        return self._ready
 
     def _pyramid(self, images: Tensor) -> list[Tensor]:
         return [F.avg_pool2d(images, scale) for scale in self.scales]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from accelerate import PartialState, utils
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from diffad_ref.checkpoints import (
@@ -34,7 +34,7 @@ from diffad_ref.checkpoints import (
     write_tensors,
 )
 from diffad_ref.data import Feed
-from diffad_ref.detector import Detector, Stage, arithmetic, precision_on
+from diffad_ref.detector import Detector, Stage, arithmetic, precision_on, said_by
 from diffad_ref.diffusion import seeded
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -86,8 +86,9 @@ def fit(
     Parameters
     ----------
     dataset, steps, rate
-        Normal images, as samples of `diffad_ref.data`; steps of the whole run, which the stages
-        share in proportion, and their warm-ups with them; learning rates, as a share of theirs.
+        Normal images, as samples of `AnomalyFolder`; a data set of your own without a method
+        `fingerprint` is known by its length alone. Steps of the whole run, which the stages share
+        in proportion, and their warm-ups with them; learning rates, as a share of theirs.
     batch_size, accumulate, checkpointing
         Instead of the stages': images at a time and process; see `Stage`.
     precision, compile
@@ -97,8 +98,9 @@ def fit(
     out : path, optional
         Folder for checkpoints, every `save_every` steps. A run goes on from it, on any device.
     seed : int
-        Equal seeds give equal weights on the same CPU and number of threads. On a GPU they do so
-        up to rounding, or under `torch.use_deterministic_algorithms(True)`.
+        Equal seeds lead from equal weights (`torch.manual_seed` before a detector is built) to
+        equal weights, on the same CPU and number of threads. On a GPU they do so up to rounding, or
+        under `torch.use_deterministic_algorithms(True)`.
     device, num_workers, on_optimizer
         By default a GPU, if there is one; processes that load images, by default as `Feed` needs;
         what gets the optimiser of each stage before its first step, to attach hooks.
@@ -121,14 +123,15 @@ def fit(
     held = claimed(Path(out)) if out and rank == 0 else nullcontext()
     with held, torch.random.fork_rng(None if device.type == "cuda" else []):
         detector.to(device)
-        detector.categories = tuple(getattr(dataset, "categories", detector.categories))
+        detector.categories = _numbered(detector, said_by(dataset, "categories", ()))
         run = _Run(detector, Path(out) / STATE if out else None, writes=rank == 0)
         run.resume(
             method=type(detector).__name__,
             stages=[asdict(stage) for stage in stages],
             config=asdict(detector.config),
             categories=detector.categories,
-            data=dataset.fingerprint() if hasattr(dataset, "fingerprint") else len(dataset),
+            data=said_by(dataset, "fingerprint", dataset.__len__)(),
+            **({"part": [*map(int, dataset.indices)]} if isinstance(dataset, Subset) else {}),
             **{"seed": seed, "precision": precision, "ema": ema, "processes": world},
             **detector.identity(),
         )
@@ -157,6 +160,15 @@ def fit(
                 distributed.barrier()
     detector.eval()
     return run.history
+
+
+def _numbered(detector: Detector, names: Sequence[str]) -> tuple[str, ...]:
+    """The categories that a detector knows, and those that it will learn, in their order."""
+    known, names = tuple(detector.categories), tuple(names)
+    if getattr(detector.config, "classes", None) and names and names[: len(known)] != known:
+        ways = "set the data set's categories to these and then yours, or detector.categories to ()"
+        raise ValueError(f"this model's classes are {', '.join(known)}, in this order: {ways}")
+    return known + tuple(name for name in names if name not in known)
 
 
 def _train(run: _Run, stage: Stage, optimizer, batches: Iterator[dict], seed: int, precision: str):

@@ -6,11 +6,15 @@ images from it with replacement, many times, and looks at how much a metric move
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+from pandas import DataFrame
 from torch import Tensor
 
 from diffad_ref.evaluation import Report
 from diffad_ref.metrics import Ranking
+from diffad_ref.tools import tables
 
 
 def intervals(
@@ -19,11 +23,56 @@ def intervals(
     """Confidence intervals of a report's means over its categories, as `redrawn` finds them.
 
     `level` is the share of the draws that lie inside. Returns the lowest and the highest value of
-    each metric.
+    AUROC and AP, of images and of pixels.
     """
-    edges = [50 * (1 - level), 50 * (1 + level)]
     found = redrawn(report, draws, seed, bins)
-    return {name: np.percentile(values, edges).tolist() for name, values in found.items()}
+    return {name: _middle(values, level) for name, values in found.items()}
+
+
+def difference(
+    report: Report,
+    other: Report,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    bins: int = 1000,
+) -> dict[str, list[float]]:
+    """By how much a report leads another on the same images: [lead, lowest, highest] by metric.
+
+    Both are judged on the same draws: the paired bootstrap. A draw that holds many hard images
+    pulls both down, so an interval is often narrower than those of the two reports together.
+    Raises ValueError if they were not judged on the same images; the order does not matter.
+    """
+    tables.require_same_images({"one report": report, "the other": other})
+    report, other = _sorted(report), _sorted(other)
+    if not report.images["path"].equals(other.images["path"]):
+        raise ValueError("the reports were not judged on the same images: their paths differ")
+    one, two = (redrawn(r, draws, seed, bins) for r in (report, other))
+    leads = {name: report.mean[name] - other.mean[name] for name in one}
+    return {name: [leads[name], *_middle(one[name] - two[name], level)] for name in one}
+
+
+def table(reports: dict[str, Report], **options) -> tables.Shown:
+    """Means over the categories with their `intervals`, one row a report."""
+    rows = {}
+    for name, report in reports.items():
+        rows[name] = {
+            tables.HEADERS[m]: f"{100 * report.mean[m]:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+            for m, (low, high) in intervals(report, **options).items()
+        }
+    return tables.Shown(DataFrame.from_dict(rows, orient="index").rename_axis("method"))
+
+
+def _middle(values: np.ndarray, level: float) -> list[float]:
+    return np.percentile(values, [50 * (1 - level), 50 * (1 + level)]).tolist()
+
+
+def _sorted(report: Report) -> Report:
+    """The same with its images in the order of their names."""
+    images = report.images.reset_index(drop=True)
+    order = images.sort_values(["category", "path"]).index.to_numpy(copy=True)
+    parts = {n: None if (v := getattr(report, n)) is None else v[order] for n in ("maps", "masks")}
+    return replace(report, images=images.iloc[order].reset_index(drop=True), **parts)
 
 
 def redrawn(
@@ -33,7 +82,7 @@ def redrawn(
 
     Good and defective images of each category are drawn again separately. Pixels are not: those
     of one image say nearly the same. Reports on the same images, in the same order, get the same
-    draws for the same seed, so the differences of their values are those of pairs.
+    draws for the same seed; for two of them there is `difference`.
 
     Parameters
     ----------
@@ -47,7 +96,7 @@ def redrawn(
     Returns
     -------
     dict
-        The values (draws,) of each metric. Metrics that are not defined are left out.
+        The values (draws,) of AUROC and AP, of images and of pixels, where they are defined.
     """
     if report.maps is None:
         raise ValueError("the report has no maps: they are not saved, evaluate again")

@@ -53,7 +53,7 @@ class CachedLatents(Dataset):
         batch_size: int = 32,
         progress: bool = True,
     ):
-        self.dataset, self.path = dataset, Path(path)
+        self.dataset, self.path, self.codec = dataset, Path(path), codec
         self.categories = dataset.categories
         wanted = fingerprint(dataset, codec)
         if self.path.exists():

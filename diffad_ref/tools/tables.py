@@ -153,7 +153,7 @@ def compare(reports: dict[str, Report], metrics=METRICS) -> Shown:
 
     Raises ValueError if the reports are not about the same images, or judged in different ways.
     """
-    _require_same_images(reports)
+    require_same_images(reports)
     frame = DataFrame({name: report.mean for name, report in reports.items()}).T
     frame.index.name = "method"
     if "seconds_per_image" in metrics:
@@ -166,12 +166,12 @@ def compare_kinds(reports: dict[str, Report], metric: str = "image_auroc") -> Sh
 
     Raises as `compare`.
     """
-    _require_same_images(reports)
+    require_same_images(reports)
     frame = pd.concat({name: report.kinds[metric] for name, report in reports.items()}, axis=1)
     return Shown(frame, tuple(reports), best="row" if len(reports) > 1 else None)
 
 
-def _require_same_images(reports: dict[str, Report]) -> None:
+def require_same_images(reports: dict[str, Report]) -> None:
     if not reports:
         raise ValueError("there is no report to compare")
     first, *others = reports
