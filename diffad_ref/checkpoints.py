@@ -67,6 +67,8 @@ def load(path: str | os.PathLike, method: str | None = None) -> Detector:
         if unsaid := [name for name in unsaid if name != "stages"]:  # they judge nothing
             raise ValueError(f"it does not say {', '.join(unsaid)}, and a default may be another")
         detector.categories = tuple(description["categories"])
+        if len(set(detector.categories)) < len(detector.categories):
+            raise ValueError("a category stands twice")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path.with_suffix('.json')} describes no {found}: {error!r}") from error
     load_weights(detector, read_tensors(path), path)
@@ -140,7 +142,10 @@ def read_description(path: str | os.PathLike) -> dict:
     path = weights_path(path).with_suffix(".json")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it belongs beside the .safetensors file")
-    return read_json(path, method=str, categories=list[str], config=dict)
+    found = read_json(path, method=str, categories=list[str], config=dict)
+    if not isinstance(found.get("record") or {}, dict):
+        raise ValueError(f"{path} is damaged, or of another kind: its record is no object")
+    return found
 
 
 def as_text(description: dict) -> str:
@@ -175,6 +180,8 @@ def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: obje
 def weights_path(path: str | os.PathLike) -> Path:
     """The .safetensors file that a name with or without its ending means; "w-0.5" has none."""
     path = Path(path)
+    if not path.name:
+        raise ValueError(f"{str(path)!r} names no weights")
     stem = path.stem if path.suffix in (".safetensors", ".json") else path.name
     return path.with_name(f"{stem}.safetensors")
 
@@ -213,8 +220,9 @@ def write_text(text: str, path: Path) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a hidden file beside `path`, then give it that name; or nothing: OSError.
 
-    All that this package leaves under a final name is written here.
+    All that this package leaves under a final name is written here. A link stays one.
     """
+    path = Path(os.path.realpath(path))
     unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,13 +241,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def check_writable(*paths: Path | None) -> None:
     """Refuse, before the work, to begin what could not be written: OSError; and tidy up there."""
-    for path in paths:
-        if path is not None and path.is_dir():
-            raise IsADirectoryError(f"cannot write {path}: it is a folder")
-        if path is not None:
-            write_whole(trial := path.with_name(f"{UNFINISHED}trial"), Path.touch)
-            trial.unlink(missing_ok=True)
-            sweep(path.parent)
+    real = [Path(os.path.realpath(path)) for path in paths if path is not None]
+    for path in real:
+        if path.is_dir() or path.exists() and not path.is_file():
+            kind = "folder" if path.is_dir() else "device"
+            raise OSError(f"cannot write {path}: it is a {kind}")
+        if real.count(path) > 1:
+            raise OSError(f"cannot write {path}: it would be two files at once")
+        write_whole(trial := path.with_name(f"{UNFINISHED}trial"), Path.touch)
+        trial.unlink(missing_ok=True)
+        sweep(path.parent)
 
 
 @contextmanager

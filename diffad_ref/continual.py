@@ -146,10 +146,9 @@ def fit_continual(
     settings |= {"later_rate": later_rate, "later_steps": later_steps}
     settings |= {"seed": seed, "config": asdict(detector.config)}
     settings |= {name: value for name, value in options.items() if name not in HARMLESS}
+    settings["data"] = [_images_of(detector, root, task) for task in result.tasks]
     folders = [Path(out) / f"task_{number + 1}" for number in range(len(tasks))]
     todo = [number for number, f in enumerate(folders) if not (f / "result.json").exists()]
-    if ahead := [category for number in todo for category in tasks[number]]:
-        AnomalyFolder(root, categories=ahead, cache=False)  # better missed now than hours later
     process = meet(options.get("device"))
     with claimed(Path(out)) if process.is_main_process else nullcontext():
         _same_run(Path(out) / "run.json", settings)
@@ -210,11 +209,23 @@ def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
         raise ValueError(f"categories in more than one task: {', '.join(shared)}")
 
 
+def _images_of(detector: Detector, root, task: Sequence[str]) -> dict:
+    """What tells a task's images from others; what they lack is better missed now than later."""
+    found = {}
+    for split in ("train", "test"):
+        data = detector.folder(root, split, categories=task, cache=False)
+        found[split] = data.fingerprint()
+    labels = {name: {s.label for s in data.samples if s.category == name} for name in task}
+    if lacking := [name for name, there in labels.items() if there != {0, 1}]:
+        raise ValueError(f"good and defective test images are needed, also of {', '.join(lacking)}")
+    return found
+
+
 def _same_run(path: Path, settings: dict) -> None:
     """Write down what a folder's run is, or refuse to go on with another; tasks may be added."""
     settings = json.loads(json.dumps(settings))  # as it looks after a round trip
     before = read_json(path, tasks=list[list[str]]) if path.exists() else settings
-    now = settings | {"tasks": settings["tasks"][: len(before["tasks"])]}
+    now = settings | {n: settings[n][: len(before["tasks"])] for n in ("tasks", "data")}
     if different := differences(before, now):
         found = f"{path.parent} holds another run (different {', '.join(different)})"
         raise ValueError(f"{found}; choose another folder, or delete it to start anew")

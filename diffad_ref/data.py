@@ -44,12 +44,16 @@ def _open(path: str | Path) -> Image.Image:
     """Decode fully, upright, with depths above 8 bits scaled to 8; ValueError names the file."""
     try:
         with Image.open(path, formats=FORMATS) as file:
-            image = ImageOps.exif_transpose(file)
+            image, pages = ImageOps.exif_transpose(file), getattr(file, "n_frames", 1)
     except Exception as error:  # PIL's decoders raise half a dozen unrelated types
         raise ValueError(f"cannot read the image {path}: {error}") from error
+    if pages > 1:
+        raise ValueError(f"{path} holds {pages} images: save each in a file of its own")
     if image.mode == "F":
         raise ValueError(f"{path}: floating-point images have no known range; save 8 or 16 bits")
     if image.mode.startswith("I"):
+        if image.getextrema()[1] > 65535:
+            raise ValueError(f"{path}: integers above 65535 have no known range; save 8 or 16 bits")
         image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     return image
 
@@ -66,7 +70,10 @@ def read_image(path: str | Path) -> Image.Image:
 def read_mask(path: str | Path) -> np.ndarray:
     """Read a mask file as uint8 (H, W) in {0, 1}: 1 where it exceeds half of full scale."""
     image = _open(path)
-    if image.mode in ("LA", "RGBA", "P", "PA"):
+    if image.has_transparency_data:  # what nobody sees marks nothing
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    if image.mode in ("RGBA", "P"):
         image = image.convert("RGB")  # a palette's colours count, not its indices
     return (np.asarray(image.convert("L")) > 127).astype(np.uint8)
 
@@ -190,6 +197,8 @@ class AnomalyFolder(Dataset):
                 bare = len(masks.parts) == 1 and inside.is_dir()
                 places = (folder / split, inside) if bare else (folder, masks / category)
                 records = _add_foreground(records, *places)
+            if not plain:
+                _tell_unused(category, folder, split, records)
             self.samples += records
         self.has_labels = all(record.kind != "unlabelled" for record in self.samples)
         self.has_masks = self.has_labels and all(r.mask_path for r in self.samples if r.label)
@@ -221,11 +230,13 @@ class AnomalyFolder(Dataset):
     def fingerprint(self) -> dict[str, str]:
         """What tells other images, and other foregrounds, from these: their files and sizes."""
         found = {"images": "path", "masks": "mask_path", "foreground": "foreground_path"}
+        made = getattr(self.foreground, "__qualname__", "")  # what makes foregrounds, if anything
+        read = {"textures": sorted(self.textures), "read": [self.crop, self.resample, made]}
         for name, place in found.items():
             files = [path for r in self.samples if (path := getattr(r, place))]
             text = repr([(path.parts[-4:], path.stat().st_size) for path in files])
             found[name] = f"{len(files)} files, {hashlib.sha256(text.encode()).hexdigest()}"
-        return found
+        return found | read
 
     def __getitem__(self, i: int) -> dict:
         record = self.samples[i]
@@ -345,14 +356,40 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
+def is_heat_map(path: Path) -> bool:
+    """Whether a prediction gave the file its name: part.png_map.png."""
+    image = path.name.removesuffix("_map.png")
+    return image != path.name and Path(image).suffix.lower() in SUFFIXES
+
+
 def _images(folder: Path) -> list[Path]:
-    return [p for p in _entries(folder) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    files = (p for p in _entries(folder) if p.suffix.lower() in SUFFIXES and p.is_file())
+    return [path for path in files if not is_heat_map(path)]
+
+
+def files_under(folder: Path) -> list[Path]:
+    """All that is visible in a folder, at any depth, through links, but no folders; sorted."""
+    found, seen = [], {os.path.realpath(folder)}
+    for base, folders, names in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(Path(base, name)) for name in folders if name[0] != "."}
+        folders[:] = [name for name in sorted(real) if real[name] not in seen]
+        seen.update(real.values())
+        found += [Path(base, name) for name in names if name[0] != "."]
+    return sorted(found)
 
 
 def images_under(folder: Path, suffixes=SUFFIXES) -> list[Path]:
     """The visible images in a folder, at any depth, sorted."""
-    paths = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-    return sorted(p for p in paths if not any(n[0] == "." for n in p.relative_to(folder).parts))
+    return [p for p in files_under(folder) if p.suffix.lower() in suffixes and p.is_file()]
+
+
+def _tell_unused(category: str, folder: Path, split: str, records: list[Record]) -> None:
+    """Warn of files where images and masks lie, if they are neither."""
+    used = {path for record in records for path in (record.path, record.mask_path)}
+    places = [folder / split] + [folder / "ground_truth"] * (split == "test")
+    if left := [p for place in places for p in files_under(place) if p not in used]:
+        names = ", ".join(str(p.relative_to(folder)) for p in left[:3]) + ", ..." * (len(left) > 3)
+        warnings.warn(f"{category}: not used are {len(left)} files: {names}", stacklevel=4)
 
 
 def _category_folders(root: Path) -> dict[str, Path]:
@@ -360,6 +397,8 @@ def _category_folders(root: Path) -> dict[str, Path]:
         return (folder / "train").is_dir() or (folder / "test").is_dir()
 
     found = {folder.name: folder for folder in _entries(root) if has_split(folder)}
+    if found and has_split(root):
+        raise ValueError(f"{root} has train/ or test/, and also the categories {', '.join(found)}")
     if not (found or has_split(root)):
         raise _missing(f"no category (a folder with train/ or test/) in {root}", root)
     return {root.resolve().name: root} if has_split(root) else found
@@ -389,10 +428,10 @@ def _read_test(folder: Path, category: str, truth: Path | None = None) -> list[R
     kinds, samples = [p for p in _entries(folder) if p.is_dir() and _images(p)], []
     if not kinds:  # loose images: nobody says which of them are good
         return [replace(record, kind="unlabelled") for record in _read_good(folder, category)]
-    if loose := _images(folder):
-        warnings.warn(f"left out {len(loose)} images in no kind's folder: {loose[0]}", stacklevel=2)
     for kind in kinds:
         masks = {}
+        if kind.name.casefold() == "good" != kind.name:
+            raise ValueError(f"{kind}: good images lie in good, and any other name is a defect's")
         if kind.name != "good" and (truth / kind.name).is_dir():
             masks = {mask.stem: mask for mask in _images(truth / kind.name)}
         for path in _images(kind):

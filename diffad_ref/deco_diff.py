@@ -310,6 +310,7 @@ class DecoDiff(Detector):
     """Deviation correction in the latent space of a codec, one model for many classes."""
 
     Config = Config
+    started_from = None  # whose weights its network began with, if not with random ones
 
     def __init__(self, config: Config | None = None):
         super().__init__(config)
@@ -331,6 +332,10 @@ class DecoDiff(Detector):
         pairs = zip(self.codec.state_dict().values(), theirs.state_dict().values(), strict=True)
         if theirs.config != self.codec.config or not all(a.equal(b.to(a)) for a, b in pairs):
             raise ValueError("these are latents of another codec than this detector's")
+
+    def identity(self):
+        """What it started from."""
+        return {"imagenet": self.started_from}
 
     def training_loss(self, batch, generator):
         """Scalar "loss" for a batch of normal images, or of their latents (C5)."""

@@ -303,7 +303,7 @@ class Detector(nn.Module, ABC):
         if category_index is None:
             raise ValueError(f"say which category each image is of (category_index); {known}")
         index = torch.as_tensor(category_index)
-        if index.shape != (count,) or index.is_floating_point():
+        if index.shape != (count,) or index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(f"expected {count} category indices, got {category_index}; {known}")
         if (wait or index.device.type == "cpu") and (index.min() < 0 or index.max() >= classes):
             raise ValueError(f"a category index is unknown: {index.tolist()}; {known}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,6 +118,10 @@ def _predict_all(detector, dataset, batch_size: int, way: dict):
             return batch.get("category_index")
         return torch.tensor([known.index(c) for c in batch["category"]], device=detector.device)
 
+    if samples := getattr(dataset, "samples", None):  # refused before the work, if they say so
+        names = "label", "category", "kind"
+        index_of(whole := {name: [getattr(s, name) for s in samples] for name in names})
+        _two_sided(whole["category"], np.array(whole["label"]) == 1)
     for batch, prediction, seconds in judged(detector, dataset, batch_size, index_of, **way):
         total += seconds
         maps.append(prediction.anomaly_map.float().cpu())
@@ -129,6 +134,16 @@ def _predict_all(detector, dataset, batch_size: int, way: dict):
     return images, torch.cat(maps), torch.cat(masks), total
 
 
+def _two_sided(category: Sequence[str], bad: np.ndarray) -> None:
+    """Refuse what no table can be made of."""
+    names = sorted(set(category))
+    if bad.all() or not bad.any():
+        lack = f"no {'good' if bad.all() else 'defective'} image among the {len(bad)}"
+        raise ValueError(f"{lack} of {', '.join(names)}: is this the test split?")
+    if "mean" in names:
+        raise ValueError("a category cannot be called 'mean': the table has a row of that name")
+
+
 def _tables(images: DataFrame, maps: Tensor, masks: Tensor, protocol) -> tuple:
     """One row for each category and the mean, and one for each of its kinds of defect."""
     from pandas import DataFrame
@@ -138,11 +153,7 @@ def _tables(images: DataFrame, maps: Tensor, masks: Tensor, protocol) -> tuple:
     if protocol and protocol.labels_from_masks:
         bad = masked
     names, lost = sorted(set(category)), bad & ~masked
-    if bad.all() or not bad.any():
-        lack = f"no {'good' if bad.all() else 'defective'} image among the {len(images)}"
-        raise ValueError(f"{lack} of {', '.join(names)}: is this the test split?")
-    if "mean" in names:
-        raise ValueError("a category cannot be called 'mean': the table has a row of that name")
+    _two_sided(category, bad)
     if lost.any() and masked.any():
         where = ", ".join(sorted(set(category[lost])))
         words = f"{lost.sum()} of {bad.sum()} defective images have no mask ({where})"

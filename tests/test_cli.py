@@ -277,7 +277,7 @@ def test_predict_of_one_image_judges_it_alone(run, mvtec_root, tmp_path):
     image = mvtec_root / "bottle" / "train" / "good" / "001.png"
     assert command("predict", run / "weights", image, "--out", tmp_path / "out") == 0
     assert [row["path"] for row in scores(tmp_path / "out")] == [str(image)]
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    names = {path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."}
     assert names == {"001.png_map.png", "scores.csv", "sheet.html"}
 
 

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +17,11 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image
 
-from diffad_ref import AnomalyFolder, DiffusionAD, OneForMore, fit_continual, save
+from diffad_ref import AnomalyFolder, DiffusionAD, OneForMore, fit, fit_continual, save
 from diffad_ref.__main__ import main
 from diffad_ref.anomalies import texture_bank
 from diffad_ref.checkpoints import UNFINISHED, claimed, write_tensors, write_text
-from diffad_ref.data import read_image
+from diffad_ref.data import read_image, read_mask
 from diffad_ref.tools.latents import CachedLatents
 from diffad_ref.training import STATE
 
@@ -90,7 +92,7 @@ def test_a_folder_of_nothing_but_heat_maps_is_refused(weights, tmp_path, write, 
 
 def test_loose_images_beside_folders_of_kinds_are_told(mvtec_root, write):
     write(mvtec_root / "bottle" / "test" / "stray.png", picture())
-    with pytest.warns(UserWarning, match="left out 1 images in no kind's folder: .*stray.png"):
+    with pytest.warns(UserWarning, match="bottle: not used are 1 files: test/stray.png"):
         AnomalyFolder(mvtec_root, "test", categories=["bottle"])
 
 
@@ -247,14 +249,13 @@ def test_a_disk_that_is_full_is_named_and_nothing_half_written_is_left(noise_roo
         (["--ema", 2], "ema is a decay between 0 and 1"),
         (["--ema", -1], "ema is a decay between 0 and 1"),
         (["--ema", "nan"], "ema is a decay between 0 and 1"),
-        (["--seed", -1], "non-negative"),
         (["--set", "width=0"], "width: Input should be greater than or equal to 1, not 0"),
         (["--set", "steps=0"], "steps: Input should be greater"),
         (["--set", "steps=5"], "a linear schedule needs more than 20 steps, not 5"),
         (["--set", "stages=[]"], "stages: Tuple should have at least 1 item"),
-        (["--set", "t_s_range=[300,0]"], "t_s and t_s_range must rise"),
+        (["--set", "t_s_range=[300,0]"], "t_s and t_s_range, which rises, must lie"),
         (["--set", "t_b=-1"], "t_b: Input should be greater than or equal to 0, not -1"),
-        (["--set", "t_s=5000"], "t_s and t_s_range must rise, and lie in the schedule's 1000"),
+        (["--set", "t_s=5000"], "must lie in the schedule's 1000 steps"),
         (["--set", 'predicts="x"'], "predicts: Input should be 'noise' or 'image', not 'x'"),
         (["--set", "attention_levels=[9]"], "attention_levels (9,) are not among the 2 levels"),
         (["--set", "heads=3"], "heads must divide the widths"),
@@ -263,6 +264,7 @@ def test_a_disk_that_is_full_is_named_and_nothing_half_written_is_left(noise_roo
         (["--set", "synthesis.beta=[0.8,0.2]"], "a range ends above where it begins"),
         (["--set", "width=true"], "width: Input should be a valid integer, not True"),
         (["--set", "wheels=4"], "wheels: Unexpected keyword argument"),
+        (["--set", "width=" + "[" * 100_000], "expected NAME=VALUE, value as JSON"),
         (["--set", 'foreground="x"'], "no folder x of foreground masks"),
     ],
     ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
@@ -275,10 +277,19 @@ def test_a_number_that_makes_no_sense_is_refused_before_training(
     assert not (tmp_path / "out" / STATE).exists()
 
 
-def test_more_threads_than_any_machine_has_are_refused(weights, mvtec_root, capsys):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--threads", 100_000], "must be at most 1024"),
+        (["--seed", -1], "must be at least 0"),
+        (["--seed", 2**64], "must be at most"),
+        (["--batch-size", 10**30], "must be at most"),
+    ],
+)
+def test_numbers_beyond_any_use_are_refused(weights, mvtec_root, capsys, words, said):
     with pytest.raises(SystemExit) as error:
-        command("evaluate", weights, mvtec_root, "--threads", 100_000)
-    assert error.value.code == 2 and "must be at most 1024" in capsys.readouterr().err
+        command("evaluate", weights, mvtec_root, *words)
+    assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -353,3 +364,204 @@ def test_an_interruption_while_the_package_is_loaded_is_no_traceback(tmp_path):
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == b"" and process.returncode == -signal.SIGINT
+
+
+# ------------------------------------------------------------------- other data, and other files
+
+
+TASKS = ["--tasks", "bottle", "carpet", "--set", "start=null", "--image-size", 32]
+CONTINUAL = [*TASKS, "--steps", 1, "--batch-size", 2]
+
+
+@pytest.fixture
+def learned(mvtec_root, tmp_path):
+    """A finished run of two tasks."""
+    assert command("continual", mvtec_root, "--out", tmp_path / "learned", *CONTINUAL) == 0
+    return tmp_path / "learned"
+
+
+def test_a_finished_run_is_not_one_of_other_data(learned, mvtec_root, tmp_path, fails):
+    record = learned / "task_1" / "weights.json"
+    before = record.read_bytes()
+    fails("continual", tmp_path / "nowhere", "--out", learned, *CONTINUAL)
+    other = shutil.copytree(mvtec_root, tmp_path / "other")
+    for path in other.glob("*/t*/*/*.png"):
+        Image.new("RGB", Image.open(path).size).save(path)
+    message = fails("continual", other, "--out", learned, *CONTINUAL)
+    assert "holds another run (different data)" in message
+    again = "continual", mvtec_root, "--out", learned, *CONTINUAL, "--save", tmp_path / "x.json"
+    assert command(*again) == 0 and record.read_bytes() == before
+
+
+def test_a_task_without_test_images_is_missed_before_the_first_is_trained(
+    mvtec_root, tmp_path, fails
+):
+    for path in (mvtec_root / "carpet" / "test" / "cut").iterdir():
+        path.unlink()
+    message = fails("continual", mvtec_root, "--out", tmp_path / "out", *CONTINUAL)
+    assert "also of carpet" in message and not (tmp_path / "out" / "task_1").exists()
+
+
+@pytest.mark.parametrize("save", ["w/weights.json", "w/weights.safetensors", "pipe", "link"])
+def test_a_report_replaces_neither_weights_nor_devices(weights, mvtec_root, tmp_path, fails, save):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(weights.with_suffix(".json"))
+    before = weights.with_suffix(".json").read_bytes()
+    message = fails("evaluate", weights, mvtec_root, "--save", tmp_path / save)
+    assert "cannot write" in message and (tmp_path / "pipe").is_fifo()
+    assert weights.with_suffix(".json").read_bytes() == before
+
+
+def test_two_files_are_not_written_into_one(weights, mvtec_root, tmp_path, fails, learned):
+    both = "--save", tmp_path / "a", "--pictures", tmp_path / "a"
+    assert "two files at once" in fails("evaluate", weights, mvtec_root, *both)
+    inside = "continual", mvtec_root, "--out", learned, *CONTINUAL, "--save", learned / "run.json"
+    assert "weights lie there" in fails(*inside)
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text("words", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "words"
+
+
+def test_a_run_does_not_go_on_as_if_products_were_surfaces(small_config, noise_root, tmp_path):
+    detector = DiffusionAD(small_config)
+    settings = {"steps": 1, "batch_size": 2, "out": tmp_path / "out", "progress": False}
+    fit(detector, detector.folder(noise_root, "train", textures=[]), **settings)
+    with pytest.raises(ValueError, match="different data.textures"):
+        fit(detector, detector.folder(noise_root, "train"), **settings)
+
+
+def test_images_behind_a_link_are_judged_and_what_leads_nowhere_is_told(
+    weights, photos, tmp_path, write, capsys
+):
+    write(tmp_path / "elsewhere" / "f.png", picture(7))
+    (photos / "linked").symlink_to(tmp_path / "elsewhere")
+    (photos / "linked" / "round").symlink_to(photos)
+    (photos / "gone.png").symlink_to(tmp_path / "nothing")
+    assert command("predict", weights, photos, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr()
+    assert "judged: 6" in printed.out and "3 files: gone.png, notes.txt, scan.gif" in printed.err
+
+
+@pytest.mark.filterwarnings("ignore:.*marks no pixel")
+def test_files_that_are_not_used_are_told(mvtec_root, write):
+    write(mvtec_root / "bottle" / "train" / "good" / "sub" / "b.png", picture())
+    write(mvtec_root / "bottle" / "ground_truth" / "crack" / "of_none.png", picture())
+    with pytest.warns(UserWarning, match=r"not used are 1 files: train/good/sub/b\.png"):
+        AnomalyFolder(mvtec_root, "train", categories=["bottle"])
+    with pytest.warns(UserWarning, match=r"not used are 1 files: ground_truth/crack/of_none\.png"):
+        AnomalyFolder(mvtec_root, "test", categories=["bottle"])
+
+
+def test_heat_maps_are_no_images_to_learn_from(mvtec_root, write):
+    folder = mvtec_root / "bottle" / "train" / "good"
+    count = len(AnomalyFolder(mvtec_root, "train", categories=["bottle"]))
+    write(folder / "000.png_map.png", picture())
+    with pytest.warns(UserWarning, match="not used are 1 files"):
+        assert len(AnomalyFolder(mvtec_root, "train", categories=["bottle"])) == count
+
+
+def test_folders_that_mean_two_things_are_refused(mvtec_root, write):
+    (mvtec_root / "carpet" / "test" / "good").rename(mvtec_root / "carpet" / "test" / "Good")
+    with pytest.raises(ValueError, match="good images lie in good"):
+        AnomalyFolder(mvtec_root, "test")
+    write(mvtec_root / "train" / "good" / "a.png", picture())
+    with pytest.raises(ValueError, match="has train/ or test/, and also the categories bottle"):
+        AnomalyFolder(mvtec_root, "train")
+
+
+def test_a_prediction_has_its_folder_alone(weights, photos, tmp_path, fails):
+    with claimed(tmp_path / "out"):
+        start = [sys.executable, "-m", "diffad_ref", "predict", weights, photos]
+        found = subprocess.run([*start, "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert found.returncode == 2 and "another run is writing to it" in found.stderr
+
+
+def test_a_name_too_long_for_a_heat_map_is_refused_before_anything_is_judged(
+    weights, photos, write, tmp_path, fails
+):
+    write(photos / "new" / f"{'a' * 245}.png", picture())
+    message = fails("predict", weights, photos / "new", "--out", tmp_path / "out")
+    assert "too long" in message and not visible(tmp_path / "out")
+
+
+def test_a_link_to_itself_is_no_traceback(weights, photos, tmp_path, fails):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    fails("predict", weights, photos / "new", "--out", tmp_path / "loop")
+
+
+def test_an_evaluation_refuses_before_it_judges(weights, mvtec_root, monkeypatch, fails):
+    monkeypatch.setattr(DiffusionAD, "judge", lambda *_: pytest.fail("judged"))
+    (mvtec_root / "carpet").rename(mvtec_root / "mean")
+    assert "cannot be called 'mean'" in fails("evaluate", weights, mvtec_root)
+    for kind in ("crack", "hole"):
+        for path in (mvtec_root / "bottle" / "test" / kind).iterdir():
+            path.unlink()
+    message = fails("evaluate", weights, mvtec_root, "--categories", "bottle")
+    assert "no defective image" in message
+
+
+def test_reports_on_other_images_are_not_compared(weights, mvtec_root, tmp_path, fails):
+    assert command("evaluate", weights, mvtec_root, "--save", tmp_path / "a.json") == 0
+    for path in (mvtec_root / "bottle" / "test" / "crack").iterdir():
+        path.rename(path.with_name(f"other_{path.name}"))
+    for path in (mvtec_root / "bottle" / "ground_truth" / "crack").iterdir():
+        path.rename(path.with_name(f"other_{path.name}"))
+    assert command("evaluate", weights, mvtec_root, "--save", tmp_path / "b.json") == 0
+    message = fails("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert "not evaluated on the same images" in message
+
+
+@pytest.mark.parametrize("record", ["words", [1]])
+def test_a_record_that_is_none_is_damage(weights, mvtec_root, fails, record):
+    beside = weights.with_suffix(".json")
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"record": record}))
+    assert "its record is no object" in fails("evaluate", weights, mvtec_root)
+
+
+@pytest.mark.parametrize("name", ["template", "PCA", "nearest"])
+def test_a_baseline_needs_some_pixels(mvtec_root, fails, name):
+    assert "16 pixels or more" in fails("evaluate", name, mvtec_root, "--image-size", 8)
+
+
+def test_an_empty_word_names_nothing(weights, mvtec_root, fails):
+    assert "names no weights" in fails("evaluate", "", mvtec_root)
+    assert "name of the data is empty" in fails("evaluate", weights, "")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("you can't allocate memory")])
+def test_a_computer_that_is_too_small_says_so(weights, mvtec_root, fails, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(DiffusionAD, "judge", full)
+    assert "the computer's memory is too small" in fails("evaluate", weights, mvtec_root)
+
+
+def test_output_may_be_closed_or_know_few_letters(weights, mvtec_root, tmp_path):
+    (root := tmp_path / "d\u00e9").mkdir()
+    (mvtec_root / "bottle").rename(root / "bottle")
+    few = os.environ | {"PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, "-m", "diffad_ref", "data", root]
+    assert b"\\xe9" in subprocess.run(words, env=few, capture_output=True, check=True).stdout
+    shell = f"{shlex.join(map(str, words))} >&-"
+    assert subprocess.run(shell, shell=True, capture_output=True).returncode == 0
+
+
+def test_images_of_unclear_range_or_number_are_refused(tmp_path, write):
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "deep.tif")
+    pages = [Image.new("L", (4, 4), level) for level in (0, 255)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    for name, words in {"deep.tif": "no known range", "pages.tif": "holds 2 images"}.items():
+        with pytest.raises(ValueError, match=words):
+            read_image(tmp_path / name)
+
+
+def test_what_is_transparent_in_a_mask_marks_nothing(tmp_path):
+    mask = np.full((8, 8, 4), 255, np.uint8)
+    mask[..., 3] = 0
+    mask[2:4, 2:4, 3] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png").sum() == 4

@@ -26,9 +26,11 @@ import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
 from diffad_ref.checkpoints import (
     check_writable,
+    claimed,
     read_description,
     read_json,
     said,
+    sweep,
     weights_path,
     write_text,
     write_whole,
@@ -39,7 +41,17 @@ from diffad_ref.tools import baselines, options, own_images, plan, reproduce, se
 from diffad_ref.tools.intervals import intervals
 from diffad_ref.tools.latents import CachedLatents
 from diffad_ref.tools.memory import peak_memory
-from diffad_ref.tools.options import Count, Model, Names, Root, Settings, Threads, Training, Weights
+from diffad_ref.tools.options import (
+    Count,
+    Model,
+    Names,
+    Root,
+    Seed,
+    Settings,
+    Threads,
+    Training,
+    Weights,
+)
 from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
 from diffad_ref.tools.records import add_to_record, megabytes, versions
@@ -68,7 +80,7 @@ class Data(Command):
 
     data: Root
     image_size: Count = 64  # pixels, for the toy
-    seed: int = 0  # for the toy
+    seed: Seed = 0  # for the toy
     json: bool = False  # print JSON
 
     def run(self, command: str) -> None:
@@ -169,6 +181,9 @@ class Continual(Command):
         tasks = ORDERS[self.order] if self.order else [task.split(",") for task in self.tasks]
         check_tasks(tasks)
         check_writable(self.save)
+        _keep([self.save], [self.out])
+        folders = [self.out / f"task_{number + 1}" for number in range(len(tasks))]
+        new = [folder for folder in folders if not (folder / "result.json").exists()]
         config = self.model.config()
         names = ("protection", "gamma", "every", "later_rate", "later_steps")
         settings = {name: getattr(self, name) for name in names} | vars(self.training)
@@ -176,9 +191,8 @@ class Continual(Command):
         root = options.root_of(self.data, config.image_size)
         with plan.what_fits(detector, self.training.precision):
             result = da.fit_continual(detector, root, tasks, self.out, **settings)
-        for number in range(len(tasks)):
-            weights = self.out / f"task_{number + 1}" / "weights"
-            add_to_record(weights, {"command": command, "versions": versions()})
+        for folder in new:
+            add_to_record(folder / "weights", {"command": command, "versions": versions()})
         for metric in ("image_auroc", "pixel_auroc", "pixel_ap"):
             print(f"{tables.HEADERS[metric]}\n\n{tables.after_tasks(result, metric)}\n")
         print(tables.summarise({self.protection: result}))
@@ -199,7 +213,7 @@ class Evaluate(Command):
     image_size: Count = 64  # pixels, for template, PCA and nearest
     set: Settings = ()
     batch_size: Count = 32  # images at a time
-    seed: int = 0  # of the noise
+    seed: Seed = 0  # of the noise
     precision: Literal[PRECISIONS] = "float32"  # of the networks
     protocol: Literal[("exact", *PROTOCOLS)] = "exact"  # or metrics as a released code makes them
     pictures: Path | None = None  # draw best and worst images, as PNG
@@ -212,6 +226,9 @@ class Evaluate(Command):
             raise ValueError("--record keeps exact metrics: with --protocol use --save")
         beside = weights_path(self.weights).with_suffix(".json") if self.record else None
         check_writable(self.save, self.pictures, beside)
+        if self.weights not in BASELINES:
+            path = weights_path(self.weights)
+            _keep([self.save, self.pictures], [path, path.with_suffix(".json")])
         start = time.time()
         detector, data, commands = self._baseline() if self.weights in BASELINES else self._loaded()
         learned = {"training seconds": time.time() - start} if self.weights in BASELINES else {}
@@ -244,6 +261,8 @@ class Evaluate(Command):
         if self.set or self.record:
             raise ValueError("--set and --record are for weights, not for a baseline")
         settings = {"image_size": self.image_size, "categories": self.categories}
+        if self.image_size < 16:
+            raise ValueError(f"a baseline needs 16 pixels or more, not {self.image_size}")
         root = options.root_of(self.data, self.image_size)
         train, test = (da.AnomalyFolder(root, split, **settings) for split in ("train", "test"))
         return BASELINES[self.weights]().fit(train), test, []
@@ -369,7 +388,7 @@ class Predict(Command):
     category: str | None = None  # what they show, for a model that must know
     batch_size: Count = 32  # images at a time
     precision: Literal[PRECISIONS] = "float32"  # of the networks
-    seed: int = 0  # of the noise
+    seed: Seed = 0  # of the noise
     json: bool = False  # print scores and files as JSON
 
     def run(self, command: str) -> None:
@@ -377,10 +396,22 @@ class Predict(Command):
         data, folder = own_images.images_to_judge(detector, self.images, self.out)
         table, sheet = self.out / "scores.csv", self.out / "sheet.html"
         check_writable(table, sheet)
+        places = own_images.places_of_maps(data, folder, self.out)
         way = {"batch_size": self.batch_size, "seed": self.seed, "precision": self.precision}
-        found = own_images.maps_and_scores(detector, data, self.category, **way)
-        rows = own_images.write_about(data, *found, folder, table, sheet)
+        with claimed(self.out):
+            for inner in {place.parent for place in places}:
+                sweep(inner)
+            found = own_images.maps_and_scores(detector, data, self.category, **way)
+            rows = own_images.write_about(data, *found, places, table, sheet)
         self.show(rows, f"judged: {len(rows)}", table, sheet)
+
+
+def _keep(written: list[Path | None], kept: list[Path]) -> None:
+    """Refuse to write a result over what a command reads, or among what it trains."""
+    kept = {os.path.realpath(path) for path in kept}
+    for path in filter(None, written):
+        if kept & {os.path.realpath(place) for place in (path, *path.absolute().parents)}:
+            raise ValueError(f"cannot write {path}: weights lie there")
 
 
 def _rows(table: tables.Shown) -> list[dict]:
@@ -402,17 +433,25 @@ def main(argv: list[str] | None = None) -> int:
         args=argv,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
     )
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any sign
     try:
         if chosen.threads:
             torch.set_num_threads(chosen.threads)
         chosen.run("python -m diffad_ref " + shlex.join(argv))
-        sys.stdout.flush()  # here, where a reader that is gone is known
+        if sys.stdout:  # a shell may have closed it
+            sys.stdout.flush()  # here, where a reader that is gone is known
     except BrokenPipeError:  # whoever read has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except torch.cuda.OutOfMemoryError as error:  # of a prediction; `fit` says it in other words
-        words = "the GPU's memory is too small for this: try a smaller --batch-size, or --precision"
-        print(f"diffad_ref: {words}\n{error}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:  # of a training on a GPU, `fit` says it better
+        on_gpu = isinstance(error, torch.cuda.OutOfMemoryError)
+        if not (on_gpu or isinstance(error, MemoryError) or "t allocate memory" in str(error)):
+            raise
+        words = (
+            f"the {'GPU' if on_gpu else 'computer'}'s memory is too small for this: try a smaller"
+        )
+        print(f"diffad_ref: {words} --batch-size, or --precision\n{error}", file=sys.stderr)
         return 2
     except (ValueError, OSError, ImportError) as error:
         words = said(error) if isinstance(error, ValidationError) else str(error)

@@ -55,7 +55,7 @@ class CachedLatents(Dataset):
     ):
         self.dataset, self.path, self.codec = dataset, Path(path), codec
         self.categories = dataset.categories
-        wanted = fingerprint(dataset, codec)
+        self._wanted = wanted = fingerprint(dataset, codec)
         if self.path.exists():
             found = read_metadata(self.path)
             stale = [name for name in wanted if found.get(name) != wanted[name]]
@@ -73,6 +73,10 @@ class CachedLatents(Dataset):
 
     def __len__(self) -> int:
         return len(self.posteriors)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What tells these latents from others."""
+        return self._wanted
 
     def __getitem__(self, i: int) -> dict:
         record = self.dataset.samples[i]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import Tensor
@@ -142,6 +143,7 @@ def start_from_imagenet(detector: DecoDiff, path: str | os.PathLike) -> list[str
     if len(fitting) < len(own) / 2:
         raise ValueError(f"only {len(fitting)} of {len(own)} weights in {path} fit this network")
     detector.corrector.load_state_dict(fitting, strict=False)
+    detector.started_from = [Path(path).name, Path(path).stat().st_size]
     return sorted(set(own) - set(fitting))
 
 

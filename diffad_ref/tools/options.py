@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,20 +20,21 @@ LAYOUT = "a folder in the MVTec layout (<category>/train/good, test/...), or the
 CHANGE = "change a setting of the config, value as JSON: corruption.mask_ratio=[0,0.3]"
 
 
-def _number(most: float = math.inf):
-    """How `tyro` reads a whole number from 1 to the most that is allowed."""
+def _number(most: int = 2**31 - 1, least: int = 1):
+    """How `tyro` reads a whole number from the least to the most that is allowed."""
 
     def read(words: list[str]) -> int:
         number = int(words[0])
-        if not 1 <= number <= most:
-            limit = "at least 1" if number < 1 else f"at most {most}"
+        if not least <= number <= most:
+            limit = f"at least {least}" if number < least else f"at most {most}"
             raise ValueError(f"must be {limit}, not {number}")
         return number
 
-    return PrimitiveConstructorSpec(1, "N", read, lambda n: 1 <= n <= most, lambda n: [str(n)])
+    return PrimitiveConstructorSpec(1, "N", read, lambda n: least <= n <= most, lambda n: [str(n)])
 
 
 Count = Annotated[int, _number()]
+Seed = Annotated[int, _number(2**31 - 1, 0)]
 Threads = Annotated[int, _number(1024)]  # more, and the system may not give them
 Root = Annotated[str, Positional, arg(metavar="DATA", help=LAYOUT)]
 Weights = Annotated[str, Positional, arg(metavar="WEIGHTS")]
@@ -80,7 +80,7 @@ class Training:
     # processes that load images; otherwise as many as are needed
     num_workers: Annotated[int | None, arg(name="workers")] = None
     save_every: Count = 500  # steps between checkpoints
-    seed: int = 0  # of the first weights and of all noise
+    seed: Seed = 0  # of the first weights and of all noise
 
 
 def changed(config, settings: tuple[str, ...]):
@@ -121,10 +121,13 @@ def _change(plain: dict, setting: str) -> None:
             raise ValueError(f"--set {setting}: there are no settings under {part!r}")
     try:
         plain[name] = json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"--set {setting}: expected NAME=VALUE, value as JSON") from error
+    except (ValueError, RecursionError) as error:
+        words = setting if len(setting) < 200 else f"{setting[:200]}..."
+        raise ValueError(f"--set {words}: expected NAME=VALUE, value as JSON") from error
 
 
 def root_of(data: str, size: int, seed: int = 0) -> Path:
     """The folder that is meant; the toy is drawn if it is not there."""
+    if not data:
+        raise ValueError("the name of the data is empty: give a folder, or the word toy")
     return da.toy_factory(size=size, seed=seed) if data == "toy" else Path(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pandas import DataFrame
 from torch import Tensor
 
 from diffad_ref.checkpoints import write_text
-from diffad_ref.data import SUFFIXES, AnomalyFolder
+from diffad_ref.data import AnomalyFolder, files_under, is_heat_map
 from diffad_ref.detector import Detector
 from diffad_ref.evaluation import judged
 from diffad_ref.tools.plots import save_heat_map
@@ -30,22 +31,34 @@ def images_to_judge(detector: Detector, images: Path, out: Path) -> tuple[Anomal
         if not data.samples:
             raise ValueError(f"{images} does not end as an image does")
         return data, folder
-    data, root, out = detector.from_folders(test=images), images.resolve(), out.resolve()
+    data, (root, out) = detector.from_folders(test=images), map(_real, (images, out))
 
     def is_own(path: Path) -> bool:
-        inner, inside = path.name.removesuffix("_map.png"), out in path.resolve().parents
-        is_map = inner != path.name and Path(inner).suffix.lower() in SUFFIXES
-        return is_map or (root in out.parents and inside)
+        return is_heat_map(path) or (root in out.parents and out in _real(path).parents)
 
     data.samples = [sample for sample in data.samples if not is_own(sample.path)]
     if not data.samples:
         raise ValueError(f"{images} holds nothing but heat maps")
     kept = {sample.path for sample in data.samples}
-    files = (p for p in images.rglob("*") if p.is_file() and p.name[0] != ".")
-    if ignored := sorted(p.name for p in files if p not in kept):
+    if ignored := sorted(p.name for p in files_under(images) if p not in kept):
         names = ", ".join(ignored[:3]) + ", ..." * (len(ignored) > 3)
         print(f"diffad_ref: not judged are {len(ignored)} files: {names}", file=sys.stderr)
     return data, images
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # `resolve` stumbles over a link to itself
+
+
+def places_of_maps(data, folder: Path, out: Path) -> list[Path]:
+    """Where the heat map of each image will lie; ValueError for a name that is too long."""
+    places = []
+    for sample in data.samples:
+        name = sample.path.relative_to(folder)  # two folders may hold equal names
+        places.append(out / name.with_name(f"{name.name}_map.png"))
+        if len(os.fsencode(places[-1].name)) > 255:
+            raise ValueError(f"{sample.path}: its name is too long for that of a heat map")
+    return places
 
 
 def maps_and_scores(detector: Detector, data, category: str | None, **way) -> tuple[Tensor, list]:
@@ -64,17 +77,20 @@ def maps_and_scores(detector: Detector, data, category: str | None, **way) -> tu
     return torch.cat(maps).float(), scores
 
 
-def write_about(data, maps: Tensor, scores: list, folder: Path, table: Path, sheet: Path) -> list:
-    """A heat map for each image, a table of scores, and a page; a row of what is where for each."""
-    limits, rows = (0.0, max(1.0, maps.max().item())), []  # one scale; most methods end at 1
-    for sample, anomaly_map, score in zip(data, maps, scores, strict=True):
-        name = Path(sample["path"]).relative_to(folder)  # two folders may hold equal names
-        place = name.with_name(f"{name.name}_map.png")
-        rows.append({"path": sample["path"], "name": name, "score": score, "map": place})
-        save_heat_map(sample["image"], anomaly_map, table.parent / place, limits)
-    write_sheet(rows, sheet, f"{len(rows)} images, {folder.name}")
-    frame = DataFrame({"path": [_no_formula(row["path"]) for row in rows], "score": scores})
+def write_about(
+    data, maps: Tensor, scores: list, places: list[Path], table: Path, sheet: Path
+) -> list[dict]:
+    """A table of scores, a heat map for each image, and a page; a row of what is where for each."""
+    paths = [str(sample.path) for sample in data.samples]
+    frame = DataFrame({"path": map(_no_formula, paths), "score": scores})
     write_text(frame.to_csv(index=False, float_format="%.6f"), table)
+    limits, rows = (0.0, max(1.0, maps.max().item())), []  # one scale; most methods end at 1
+    for sample, anomaly_map, score, place in zip(data, maps, scores, places, strict=True):
+        save_heat_map(sample["image"], anomaly_map, place, limits)
+        place = place.relative_to(table.parent)
+        name = place.with_name(place.name.removesuffix("_map.png"))
+        rows.append({"path": sample["path"], "name": name, "score": score, "map": place})
+    write_sheet(rows, sheet, f"{len(rows)} images, {data.root.name}")
     return [{key: row[key] for key in ("path", "score", "map")} for row in rows]
 
 

@@ -161,7 +161,6 @@ class Experiment:
                 detector.folder(self.root, "test", categories=g).fingerprint()
                 for g in setting.groups
             ],
-            "imagenet": self.imagenet and [self.imagenet.name, self.imagenet.stat().st_size],
             **detector.identity(),
         }
 

@@ -177,7 +177,10 @@ def require_same_images(reports: dict[str, Report]) -> None:
     first, *others = reports
     counts = {name: report.table[COUNTS].astype(int) for name, report in reports.items()}
     for name in others:
-        if not counts[name].equals(counts[first]):
+        one, other = reports[first], reports[name]
+        paths = [sorted(r.images["path"]) for r in (one, other) if "path" in r.images]
+        same = counts[name].equals(counts[first]) and one.kinds.index.equals(other.kinds.index)
+        if not same or len(paths) == 2 and paths[0] != paths[1]:
             raise ValueError(f"{name!r} and {first!r} were not evaluated on the same images")
         if reports[name].protocol != reports[first].protocol:
             raise ValueError(
