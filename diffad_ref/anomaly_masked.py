@@ -74,9 +74,10 @@ class MaskedEncoderLayer(nn.Module):
 
 
 class AnomalyMaskedNetwork(nn.Module):
-    """Condition features (B, width, H/8, W/8) of an image (B, 3, H, W) (A1, A2).
+    """Condition features (B, width, H/f, W/f) of an image (B, 3, H, W) (A1, A2).
 
-    Eight convolutions lead to a transformer whose attention may not look at a window around it.
+    Convolutions, whose strides multiply to f, lead to a transformer whose attention may not look
+    at a window around a place.
     """
 
     def __init__(

@@ -273,7 +273,7 @@ def correct(
     abars, states = [schedule.at(t) for t in levels], []
     for t, abar, abar_prev in zip(levels, abars, [*abars[1:], None], strict=True):
         eta = model(z, t)
-        z = z - (1 - abar).sqrt() * eta  # C4, solved for z_0
+        z = z - (1 - abar).sqrt() * eta  # C6, first line: C4 solved for z_0
         if abar_prev is not None:
             if rescale:
                 eta = eta + (signal_share(abar) - signal_share(abar_prev)) * z

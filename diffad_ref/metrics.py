@@ -47,9 +47,9 @@ def pixel_metrics(maps, masks, fpr_limit: float = 0.3) -> dict[str, float]:
     maps, masks = paired_maps(maps, masks)
     ranking = Ranking.of(maps, masks)
     ranking.warn_if_one_sided("pixel")
-    regions = ranking.weighted(region_weights(masks))
-    values = ranking.auroc(), ranking.average_precision(), ranking.f1max(), regions.auroc(fpr_limit)
-    return dict(zip(METRICS[3:], values, strict=True))
+    values = ranking.auroc(), ranking.average_precision(), ranking.f1max()
+    area = ranking.weighted(region_weights(masks)).auroc(fpr_limit)  # M6
+    return dict(zip(METRICS[3:], (*values, area), strict=True))
 
 
 def aupro(maps, masks, fpr_limit: float = 0.3) -> float:
@@ -63,7 +63,7 @@ def region_weights(masks: np.ndarray) -> np.ndarray:
     for mask in masks:
         if mask.any():
             region = ndimage.label(mask, EIGHT_NEIGHBOURS)[0][mask]
-            weights.append(1 / np.bincount(region)[region])
+            weights.append(1 / np.bincount(region)[region])  # M5
     return np.concatenate(weights)
 
 
@@ -105,13 +105,13 @@ class Ranking:
         if not self.positives or not self.negatives:
             raise ValueError("a ROC curve needs defective and normal samples")
         false, true = self._corners()
-        return false / self.negatives, true / self.positives
+        return false / self.negatives, true / self.positives  # M1
 
     def precision_recall(self) -> tuple[np.ndarray, np.ndarray]:
         """Precision and recall at each threshold; recall rises to 1."""
         if not self.positives:
             raise ValueError("a precision-recall curve needs defective samples")
-        return self.hits / (self.hits + self.at_least), self.hits / self.positives
+        return self.hits / (self.hits + self.at_least), self.hits / self.positives  # M2
 
     def auroc(self, fpr_limit: float = 1.0) -> float:
         """Area under the ROC curve up to a false-positive rate, divided by that rate."""
@@ -126,20 +126,20 @@ class Ranking:
             (x0, x1), (y0, y1) = false[inside - 1 : inside + 1], true[inside - 1 : inside + 1]
             false = np.append(false[:inside], limit)
             true = np.append(true[:inside], y0 + (limit - x0) / (x1 - x0) * (y1 - y0))
-        return min(float(trapezoid(true, false) / (limit * self.positives)), 1.0)
+        return min(float(trapezoid(true, false) / (limit * self.positives)), 1.0)  # M4
 
     def average_precision(self) -> float:
         """Precision averaged over the steps of recall (no interpolation)."""
         if not self.positives:
             return float("nan")
         precision, _ = self.precision_recall()
-        return min(float(np.diff(self.hits, prepend=0) @ precision / self.positives), 1.0)
+        return min(float(np.diff(self.hits, prepend=0) @ precision / self.positives), 1.0)  # M3
 
     def f1max(self) -> float:
         """Best F1 score of all thresholds."""
         if not self.positives:
             return float("nan")
-        return float(np.max(2 * self.hits / (self.hits + self.at_least + self.positives)))
+        return float(np.max(2 * self.hits / (self.hits + self.at_least + self.positives)))  # M2
 
     def warn_if_one_sided(self, what: str) -> None:
         """Say why a metric will be NaN."""
