@@ -262,7 +262,11 @@ def free_port() -> int:
 def test_an_imagenet_start_says_what_it_did_not_find(root, tmp_path, monkeypatch, capsys):
     from diffad_ref.tools import official_deco_diff
 
-    monkeypatch.setattr(official_deco_diff, "start_from_imagenet", lambda *_: ["embedding.weight"])
+    def start(detector, path):
+        detector.started_from = [path.name, 4]
+        return ["embedding.weight"]
+
+    monkeypatch.setattr(official_deco_diff, "start_from_imagenet", start)
     checkpoint = tmp_path / "imagenet.ckpt"
     checkpoint.write_bytes(b"1234")
     more = (*TINY, "--set", "context=8", "--set", "heads=1", "--imagenet", checkpoint)
