@@ -258,7 +258,7 @@ class GradientProjectionMemory:
             if learns and name not in self.layers:
                 lost.append(f"{name} ({type(module).__name__})")
         if lost:
-            warnings.warn(f"cannot be protected, so frozen: {', '.join(lost[:5])}", stacklevel=2)
+            warnings.warn(f"not protected, so frozen: {', '.join(lost[:5])}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is held for each layer, on the CPU, as "name", or "name.free": the complement."""

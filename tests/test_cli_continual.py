@@ -243,7 +243,7 @@ def test_folder_of_another_run_is_refused_and_left_as_it_is(root, run, fails, wo
 def test_folder_of_a_run_with_other_tasks_is_refused(root, run, fails):
     for tasks in (("gear", "grass"), ("gear",)):
         message = fails(*to_learn(root, run, tasks=tasks))
-        assert f"{run} holds another run (different tasks)" in message
+        assert f"{run} holds another run (different data, tasks)" in message
 
 
 # --------------------------------------------------------------------------------------- DeCo-Diff

@@ -270,8 +270,8 @@ def test_a_run_does_not_go_on_with_other_textures_images_or_foreground(mvtec_roo
     trained(mvtec_root, out)  # goes on, and has nothing to do
     for change, different in (
         ({"textures": 1}, "textures"),
-        ({"foreground": "whole"}, "config.foreground"),
-        ({"foreground": str(masks)}, "config.foreground, data.foreground"),
+        ({"foreground": "whole"}, "config.foreground, data.read"),
+        ({"foreground": str(masks)}, "config.foreground, data.foreground, data.read"),
     ):
         with pytest.raises(ValueError, match=rf"another run \(different {different}\)"):
             trained(mvtec_root, out, **change)

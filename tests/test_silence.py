@@ -416,7 +416,7 @@ def test_two_files_are_not_written_into_one(weights, mvtec_root, tmp_path, fails
     both = "--save", tmp_path / "a", "--pictures", tmp_path / "a"
     assert "two files at once" in fails("evaluate", weights, mvtec_root, *both)
     inside = "continual", mvtec_root, "--out", learned, *CONTINUAL, "--save", learned / "run.json"
-    assert "weights lie there" in fails(*inside)
+    assert "belongs to weights" in fails(*inside)
 
 
 def test_a_link_stays_one(tmp_path):

@@ -181,8 +181,8 @@ class Continual(Command):
         tasks = ORDERS[self.order] if self.order else [task.split(",") for task in self.tasks]
         check_tasks(tasks)
         check_writable(self.save)
-        _keep([self.save], [self.out])
         folders = [self.out / f"task_{number + 1}" for number in range(len(tasks))]
+        _keep([self.save], [self.out / "run.json", *folders])
         new = [folder for folder in folders if not (folder / "result.json").exists()]
         config = self.model.config()
         names = ("protection", "gamma", "every", "later_rate", "later_steps")
@@ -407,11 +407,11 @@ class Predict(Command):
 
 
 def _keep(written: list[Path | None], kept: list[Path]) -> None:
-    """Refuse to write a result over what a command reads, or among what it trains."""
+    """Refuse to write a result over, or into, what a command reads or trains."""
     kept = {os.path.realpath(path) for path in kept}
     for path in filter(None, written):
         if kept & {os.path.realpath(place) for place in (path, *path.absolute().parents)}:
-            raise ValueError(f"cannot write {path}: weights lie there")
+            raise ValueError(f"cannot write {path}: what belongs to weights lies there")
 
 
 def _rows(table: tables.Shown) -> list[dict]:
