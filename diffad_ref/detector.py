@@ -189,9 +189,7 @@ class Detector(nn.Module, ABC):
             sizes = f"{name}.tiny() is for two CPU cores, {name}.paper() the published size"
             raise TypeError(f"how large? {sizes}; {name}(config) takes any {name}.Config")
         if not all(isinstance(stage, Stage) for stage in config.stages):
-            raise ValueError(
-                "stages must be `Stage`s: a @checked config with stages: Stages sees to"
-            )
+            raise ValueError("stages must be `Stage`s; a @checked config makes them so")
         self.config = config
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffad_ref.data import loading
+from diffad_ref.data import AnomalyFolder, loading
 from diffad_ref.detector import demand, said_by
 from diffad_ref.diffusion import seeded
 from diffad_ref.metrics import METRICS, image_metrics, pixel_metrics
@@ -118,8 +118,8 @@ def _predict_all(detector, dataset, batch_size: int, way: dict):
             return batch.get("category_index")
         return torch.tensor([known.index(c) for c in batch["category"]], device=detector.device)
 
-    if samples := getattr(dataset, "samples", None):  # refused before the work, if they say so
-        names = "label", "category", "kind"
+    if isinstance(dataset, AnomalyFolder):  # what its files say is refused before the work
+        names, samples = ("label", "category", "kind"), dataset.samples
         index_of(whole := {name: [getattr(s, name) for s in samples] for name in names})
         _two_sided(whole["category"], np.array(whole["label"]) == 1)
     for batch, prediction, seconds in judged(detector, dataset, batch_size, index_of, **way):

@@ -276,6 +276,13 @@ def test_weight_that_the_file_lacks_is_named_as_kept(config, imagenet, write):
     assert kept == [f"{norm}.bias", f"{norm}.weight"]
 
 
+def test_a_run_is_another_one_if_it_started_from_imagenet(config, imagenet, write):
+    detector = DecoDiff(config)
+    assert detector.identity() == {"imagenet": None}
+    start_from_imagenet(detector, path := write({"state_dict": imagenet}))
+    assert detector.identity() == {"imagenet": [path.name, path.stat().st_size]}
+
+
 @pytest.mark.parametrize("change", [{"width": 64}, {"context": 8, "width": 64}, {"blocks": 3}])
 def test_network_of_another_size_is_refused_and_left_alone(config, imagenet, write, change):
     torch.manual_seed(0)
