@@ -255,10 +255,11 @@ class GradientProjectionMemory:
                 module.eval()
             weight = getattr(module, "weight", None)
             learns = isinstance(weight, nn.Parameter) and weight.requires_grad and weight.ndim > 1
-            if learns and name not in self.layers:
+            known = supported(module) or isinstance(module, nn.Embedding)  # any token will do
+            if learns and not known:
                 lost.append(f"{name} ({type(module).__name__})")
         if lost:
-            warnings.warn(f"not protected, so frozen: {', '.join(lost[:5])}", stacklevel=2)
+            warnings.warn(f"cannot be protected, so frozen: {', '.join(lost[:5])}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is held for each layer, on the CPU, as "name", or "name.free": the complement."""
