@@ -269,6 +269,12 @@ def test_a_training_says_how_many_images_the_card_holds(words, fails, mvtec_root
     assert 200 < count < 4096
 
 
+def test_a_card_that_holds_no_image_is_told_so(words, fails, mvtec_root, full_card, monkeypatch):
+    tiny = SimpleNamespace(total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: tiny)
+    assert "room for not even one image" in fails(*words["train"], mvtec_root)
+
+
 def test_so_does_a_continual_run(fails, mvtec_root, tmp_path, full_card):
     continual = "continual", mvtec_root, "--tasks", "bottle", "carpet", "--image-size", "32"
     message = fails(*continual, "--set", "start=null", "--steps", "2", "--out", tmp_path / "c")

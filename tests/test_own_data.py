@@ -244,3 +244,17 @@ def test_reports_stand_in_a_table_with_their_intervals(mean):
     shown = table.frame.loc["mean", "image AUROC"]
     low, high = intervals.intervals(report, draws=50)["image_auroc"]
     assert shown == f"{100 * report.mean['image_auroc']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+# ------------------------------------------------------------------------------- what is left over
+
+
+def test_a_class_is_a_number_and_no_truth_value(deco):
+    with pytest.raises(ValueError, match="expected 2 category indices"):
+        deco.predict(torch.rand(2, 3, 32, 32), torch.tensor([True, False]))
+
+
+def test_weights_that_name_a_category_twice_are_damaged(mean, tmp_path):
+    mean.categories = ("gear", "gear")
+    with pytest.raises(ValueError, match="a category stands twice"):
+        da.load(da.save(mean, tmp_path / "own"))

@@ -479,6 +479,14 @@ def test_a_prediction_has_its_folder_alone(weights, photos, tmp_path, fails):
     assert found.returncode == 2 and "another run is writing to it" in found.stderr
 
 
+def test_what_a_killed_prediction_left_in_a_sub_folder_goes_too(weights, photos, tmp_path):
+    left = tmp_path / "out" / "new" / f"{UNFINISHED}999999999-1"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    assert command("predict", weights, photos, "--out", tmp_path / "out") == 0
+    assert not left.exists()
+
+
 def test_a_name_too_long_for_a_heat_map_is_refused_before_anything_is_judged(
     weights, photos, write, tmp_path, fails
 ):
