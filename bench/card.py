@@ -25,7 +25,7 @@ from diffad_ref.tools.memory import peak_memory
 from diffad_ref.training import fit
 
 PRECISIONS = ("float32", "tf32", "bf16")
-GATHERED, TASK = 8, 339  # images that are gathered, and those of a task, extrapolated from them
+GATHERED, TASK = 16, 339  # images that are gathered, and those of a task, extrapolated from them
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ def training_step(detector: Detector, batch: dict, precision: str, guard=None) -
     generator = torch.Generator(detector.device).manual_seed(0)
 
     def step():
+        detector.train()  # a `fit` in between ends in evaluation mode
         with arithmetic(detector, precision):
             loss = detector(batch, generator)["loss"]
         loss.backward()

@@ -36,10 +36,10 @@ def rows(
 
 def prepare(detector: Detector, images: Tensor) -> None:
     """Teach codec and features from a few photographs; `fit` would take a thousand and longer."""
-    if hasattr(detector, "codec"):
-        detector.codec.prepare([{"image": image} for image in images])
-    if hasattr(detector, "extractor"):
-        detector.extractor.prepare(images.to(detector.device))
+    samples = [{"image": image} for image in images]
+    for part in ("codec", "extractor"):
+        if hasattr(detector, part):
+            getattr(detector, part).prepare(samples)
 
 
 def training_row(detector: Detector, stage: Stage, images: Tensor, rounds: int) -> Row:

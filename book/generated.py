@@ -120,10 +120,9 @@ def result_tables(records: Path) -> str:
     for metric in ("image_auroc", "pixel_ap"):
         shown = kinds_as_rows(reports, metric) if several else kinds_as_columns(reports, metric)
         parts.append(folded(f"By kind of defect, {tables.HEADERS[metric]}", f"{shown}"))
-    if several:
-        best = tables.by_category(reports[order[-1]])
-        halves = (tables.Shown(best.frame[[*m]]) for m in ((*IMAGE, *tables.COUNTS), PIXEL))
-        parts.append(folded(f"By category, {order[-1]}", "\n\n".join(map(str, halves))))
+    for metric in ("image_auroc", "pixel_ap") if several else ():
+        shown = categories_as_rows(reports, metric)
+        parts.append(folded(f"By category, {tables.HEADERS[metric]}", f"{shown}"))
     parts.append(made_by(line for name in order for line in found[name]["commands"]))
     return "\n".join(parts)
 
@@ -166,6 +165,12 @@ def kinds_as_rows(reports: dict[str, Report], metric: str) -> tables.Shown:
     names = [", ".join(pair).replace("_", " ") for pair in shown.frame.index]
     frame = shown.frame.set_axis(Index(names, name="kind"))
     return tables.Shown(frame, shown.percent, shown.best)
+
+
+def categories_as_rows(reports: dict[str, Report], metric: str) -> tables.Shown:
+    """A row for each category, a column for each method."""
+    frame = DataFrame({name: report.table[metric] for name, report in reports.items()})
+    return tables.Shown(frame.drop(index="mean"), tuple(frame), best="row")
 
 
 def kinds_as_columns(reports: dict[str, Report], metric: str) -> tables.Shown:

@@ -182,24 +182,25 @@ def shuffle_strips(
 
     Columns: even and odd strips are permuted apart and joined evens first. Rows: all are permuted,
     split into even and odd places, permuted again and joined evens first. `draws` are these five
-    permutations, new[i] = old[perm[i]], unless they are to be drawn.
+    permutations, (n,) or of each image (B, n), new[i] = old[perm[i]], unless they are to be drawn.
     """
     _check_divides(strips, *images.shape[-2:])
     half = strips // 2
     if draws is None:
         draw = Draw(generator, images.device)
-        draws = [draw.orders(1, n)[0] for n in (half, half, strips, half, half)]
-    evens, odds, rows, evens_again, odds_again = draws
-    number = torch.arange(strips, device=images.device)
-    columns = torch.cat([number[0::2][evens], number[1::2][odds]])
-    rows = torch.cat([number[rows][0::2][evens_again], number[rows][1::2][odds_again]])
-    return _reorder(_reorder(images, columns, -1), rows, -2)
+        draws = [draw.orders(len(images), n) for n in (half, half, strips, half, half)]
+    evens, odds, rows, evens_again, odds_again = (d.expand(len(images), -1) for d in draws)
+    columns = torch.cat([2 * evens, 2 * odds + 1], 1)
+    halves = rows[:, 0::2].gather(1, evens_again), rows[:, 1::2].gather(1, odds_again)
+    images = _reorder(images, columns, "h (n w)")
+    return _reorder(images, torch.cat(halves, 1), "(n h) w")
 
 
-def _reorder(images: Tensor, order: Tensor, dim: int) -> Tensor:
-    """Put equal strips along `dim` into a new order."""
-    strips = images.unflatten(dim, (len(order), -1))
-    return strips.index_select(dim - 1, order).flatten(dim - 1, dim)
+def _reorder(images: Tensor, order: Tensor, place: str) -> Tensor:
+    """Put the equal strips n of each image, at their `place`, into its own order (B, n)."""
+    strips = rearrange(images, f"b c {place} -> b n c h w", n=order.shape[1])
+    strips = strips[torch.arange(len(images), device=images.device)[:, None], order]
+    return rearrange(strips, f"b n c h w -> b c {place}")
 
 
 def _check_divides(parts: int, height: int, width: int) -> None:

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from diffad_ref.detector import Detector
 
@@ -121,20 +122,12 @@ def read_json(path: Path, **kinds) -> dict:
 
 def parse_json(text: str, source: object, **kinds) -> dict:
     """The object that a text holds; ValueError says what is wrong in which `source`."""
-    key, words = "", f"{source} is damaged, or of another kind"
     try:
         found = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"expected an object, found a {type(found).__name__}")
-        if missing := sorted(kinds.keys() - found.keys()):
-            raise ValueError(f"it lacks {', '.join(missing)}")
-        for key, kind in kinds.items():
-            found[key] = TypeAdapter(kind).validate_python(found[key])
-        return found
-    except ValidationError as error:
-        raise ValueError(f"{words}, in {key!r}: {said(error)}") from error
+        return found | TypeAdapter(TypedDict("File", kinds)).validate_python(found)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{words}: {error}") from error
+        words = said(error) if isinstance(error, ValidationError) else error
+        raise ValueError(f"{source} is damaged, or of another kind: {words}") from error
 
 
 def read_description(path: str | os.PathLike) -> dict:
@@ -142,10 +135,8 @@ def read_description(path: str | os.PathLike) -> dict:
     path = weights_path(path).with_suffix(".json")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it belongs beside the .safetensors file")
-    found = read_json(path, method=str, categories=list[str], config=dict)
-    if not isinstance(found.get("record") or {}, dict):
-        raise ValueError(f"{path} is damaged, or of another kind: its record is no object")
-    return found
+    kinds = {"method": str, "categories": list[str], "config": dict}
+    return read_json(path, **kinds, record=NotRequired[dict | None])
 
 
 def as_text(description: dict) -> str:
@@ -164,6 +155,14 @@ def differences(before: dict, now: dict, under: str = "") -> list[str]:
         elif a != b:
             found.append(under + name)
     return found
+
+
+def refuse_another(folder: Path, before: dict, now: dict) -> None:
+    """ValueError if a folder holds a run with other settings than this one; it says which."""
+    now = json.loads(json.dumps(now))  # as it looks after a round trip
+    if different := differences(before, now):
+        found = f"{folder} holds another run (different {', '.join(different)})"
+        raise ValueError(f"{found}; choose another folder, or delete it to start anew")
 
 
 def load_weights(module: torch.nn.Module, state: dict[str, Tensor], source: object) -> None:
@@ -239,24 +238,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             unfinished.unlink()
 
 
-def check_writable(*paths: Path | None) -> None:
-    """Refuse, before the work, to begin what could not be written: OSError; and tidy up there."""
-    real = [Path(os.path.realpath(path)) for path in paths if path is not None]
-    for path in real:
-        if path.is_dir() or path.exists() and not path.is_file():
-            kind = "folder" if path.is_dir() else "device"
-            raise OSError(f"cannot write {path}: it is a {kind}")
-        if real.count(path) > 1:
-            raise OSError(f"cannot write {path}: it would be two files at once")
-        write_whole(trial := path.with_name(f"{UNFINISHED}trial"), Path.touch)
-        trial.unlink(missing_ok=True)
-        sweep(path.parent)
+def try_writing(folder: Path) -> None:
+    """Refuse, before the work, a folder that cannot be written to: OSError; and tidy up there."""
+    write_whole(trial := folder / f"{UNFINISHED}trial", Path.touch)
+    trial.unlink(missing_ok=True)
+    sweep(folder)
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Hold a folder for one run: it is there, can be written to, and nobody else does."""
-    check_writable(folder / "any")
+    try_writing(folder)
     # It goes with its process, however that ends; what holds it may ask for it again.
     lock = FileLock(folder / ".lock", is_singleton=True)
     try:

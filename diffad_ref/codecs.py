@@ -8,11 +8,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffad_ref.detector import Count, Levels, Positive, Share, checked, divide
 from diffad_ref.diffusion import Draw
+from diffad_ref.maps import Prepared
 from diffad_ref.networks import load_part
 
 
@@ -42,26 +43,17 @@ class CodecConfig:
         divide(self.widths, norm_groups=self.norm_groups)
 
 
-class Codec(nn.Module):
+class Codec(Prepared):
     """What latent methods need of a codec. It is frozen: no gradient reaches its weights.
 
     Images are (B, 3, H, W) in [0, 1]; latents are (B, C, H/f, W/f) with a variance of about 1. A
-    kind of codec says how it learns or loads what it must know (`prepare`), what the `_posterior`
+    kind of codec says how it learns or loads what it must know (`_learn`), what the `_posterior`
     of images in [-1, 1] is, and how to `decode` latents to images about in [-1, 1], not clamped.
     """
-
-    borrowed = False  # whether its weights come from elsewhere
-    known_by, _ready = "ready", False  # a buffer; once it is known, the device is not asked again
 
     def __init__(self, config: CodecConfig):
         super().__init__()
         self.config = config
-
-    def is_ready(self) -> bool:
-        """Whether it knows; on the meta device, where nothing has a value, it does."""
-        told = getattr(self, self.known_by)
-        self._ready = self._ready or told.is_meta or bool(told.any())
-        return self._ready
 
     def posterior(self, images: Tensor) -> Tensor:
         """Mean and standard deviation of the latents of images, stacked: (B, 2C, H/f, W/f)."""
@@ -117,11 +109,8 @@ class PatchPCA(Codec):
         self.register_buffer("components", torch.zeros(config.channels, values))
         self.register_buffer("spread", torch.ones(config.channels))
 
-    @torch.no_grad()
-    def prepare(self, dataset) -> None:
-        """Learn the components from all patches of a data set's images (float64, one pass)."""
-        if self.is_ready():
-            return
+    def _learn(self, dataset) -> None:
+        """The components of all patches of a data set's images (float64, one pass)."""
         count, total, square = 0, 0.0, 0.0
         for batch in DataLoader(dataset, batch_size=64):
             x = self._centred(batch["image"].to(self.mean.device))
@@ -173,10 +162,8 @@ class KLCodec(Codec):
         )
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
 
-    def prepare(self, dataset) -> None:
+    def _learn(self, dataset) -> None:
         """Load the published weights; ValueError if they are not what the config says."""
-        if self.is_ready():
-            return
         name, own = self.config.pretrained, self.vae.config
         loaded = load_part(type(self.vae), name, self.config.subfolder, "autoencoder")
         try:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate.utils import send_to_device
@@ -18,15 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
-from diffad_ref.checkpoints import (
-    claimed,
-    differences,
-    read_json,
-    read_tensors,
-    save,
-    write_tensors,
-    write_text,
-)
+from diffad_ref import checkpoints
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.detector import Count, Detector, Natural, precision_on
 from diffad_ref.diffusion import seeded
@@ -63,38 +56,41 @@ class Continual:
     taken: list[dict] = field(default_factory=list)  # by layer: directions in memory, and in all
 
     def values(self, metric: str, category: str) -> list[float]:
-        """A metric of a category after each task, from the one in which it was learned."""
-        return [row[metric] for row in self.rows if row["category"] == category]
+        """A metric of a category after each task, from the one in which it was learned.
+
+        NaN where it is not defined, as without masks.
+        """
+        found = [row[metric] for row in self.rows if row["category"] == category]
+        return [math.nan if value is None else value for value in found]
 
     def a_metric(self, metric: str) -> float:
         """Mean over all categories after the last task (E1)."""
-        return _mean(self.values(metric, c)[-1] for task in self.tasks for c in task)  # E1
+        return fmean(self.values(metric, c)[-1] for task in self.tasks for c in task)  # E1
 
     def forgetting(self, metric: str) -> float:
         """Mean of best earlier value less last one, of categories before the last task (E2).
 
         For "loss", where small is good, the other way round. Negative if later tasks helped.
         """
-        if len(self.tasks) < 2:
-            raise ValueError("forgetting needs at least two tasks")
         sign, drops = -1 if metric == "loss" else 1, []
-        for category in sum(self.tasks[:-1], []):
+        for category in sum(self._two_or_more()[:-1], []):
             *earlier, last = (sign * value for value in self.values(metric, category))
             drops.append(max(earlier) - last)  # E2
-        return _mean(drops)
+        return fmean(drops)
 
     def plasticity(self, metric: str) -> float:
         """Mean over the categories of each task but the first, right after it was learned."""
-        return _mean(self.values(metric, c)[0] for task in self.tasks[1:] for c in task)
+        later = sum(self._two_or_more()[1:], [])
+        return fmean(self.values(metric, category)[0] for category in later)
+
+    def _two_or_more(self) -> list[list[str]]:
+        if len(self.tasks) < 2:
+            raise ValueError("forgetting and plasticity need at least two tasks")
+        return self.tasks
 
     def share_taken(self) -> list[float]:
         """After each task, the mean share of a layer's directions that memory has taken."""
-        return [_mean(rank / of for rank, of in layers.values()) for layers in self.taken]
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return math.fsum(values) / max(1, len(values))
+        return [fmean([rank / of for rank, of in layers.values()] or [0]) for layers in self.taken]
 
 
 def fit_continual(
@@ -106,7 +102,7 @@ def fit_continual(
     protection: str = "update",
     gamma: float | None = None,
     every: int | None = None,
-    later_rate: float = 1.0,
+    later_rate: float | None = None,
     later_steps: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -127,7 +123,8 @@ def fit_continual(
         One of `PROTECTIONS`; the share of an old task's energy that is protected; to gather over
         every so-manyth training image. By default as in the config, or else `GAMMA` and 1.
     later_rate, later_steps
-        `rate` and `steps` of `fit` in every task but the first, in which a network must move far.
+        `rate` and `steps` of `fit` in every task but the first, in which a network must move far;
+        by default they are the same in all.
     seed, progress, options
         As for `fit`, for each task.
     """
@@ -138,6 +135,7 @@ def fit_continual(
         raise ValueError(f"protection is one of {', '.join(PROTECTIONS)}, not {protection!r}")
     gamma = getattr(detector.config, "gamma", GAMMA) if gamma is None else gamma
     every = getattr(detector.config, "every", 1) if every is None else every
+    later_rate = options.get("rate", 1.0) if later_rate is None else later_rate
     if not (0 <= gamma <= 1 and 0 <= later_rate < math.inf and every >= 1):
         found = f"{gamma}, {later_rate} and {every}"
         raise ValueError(f"gamma is a share, later_rate from 0 and every from 1, not {found}")
@@ -146,11 +144,12 @@ def fit_continual(
     settings |= {"later_rate": later_rate, "later_steps": later_steps}
     settings |= {"seed": seed, "config": asdict(detector.config)}
     settings |= {name: value for name, value in options.items() if name not in HARMLESS}
+    settings |= detector.identity()
     settings["data"] = [_images_of(detector, root, task) for task in result.tasks]
     folders = [Path(out) / f"task_{number + 1}" for number in range(len(tasks))]
     todo = [number for number, f in enumerate(folders) if not (f / "result.json").exists()]
     process = meet(options.get("device"))
-    with claimed(Path(out)) if process.is_main_process else nullcontext():
+    with checkpoints.claimed(Path(out)) if process.is_main_process else nullcontext():
         _same_run(Path(out) / "run.json", settings)
         detector.to(options.get("device") or process.device)
         detector.enter(detector.stages[-1])
@@ -164,8 +163,8 @@ def fit_continual(
                 process.wait_for_everyone()
             restore(detector, folder)
             detector.categories = tuple(sum(result.tasks[: number + 1], []))
-            memory.load_state_dict(read_tensors(folder / "memory.safetensors"))
-            done = read_json(folder / "result.json", rows=list[ROW], taken=TAKEN)
+            memory.load_state_dict(checkpoints.read_tensors(folder / "memory.safetensors"))
+            done = checkpoints.read_json(folder / "result.json", rows=list[ROW], taken=TAKEN)
             if tuple(row["category"] for row in done["rows"]) != detector.categories:
                 raise ValueError(f"{folder / 'result.json'} is damaged: it judges other categories")
             result.rows += done["rows"]
@@ -195,9 +194,11 @@ def _learn(detector, memory, root, tasks, protection: str, every: int, options: 
     record |= {"data": {"images": len(train), "categories": task}}
     record["precision"] = precision_on(detector.device, options.get("precision", "auto"))
     if meet().is_main_process:
-        save(detector, folder / "weights", record | {"final_losses": history.ending()}, half=True)
-        write_tensors(memory.state_dict(), folder / "memory.safetensors")
-        write_text(json.dumps({"rows": rows, "taken": taken}), folder / "result.json")
+        checkpoints.save(
+            detector, folder / "weights", record | {"final_losses": history.ending()}, half=True
+        )
+        checkpoints.write_tensors(memory.state_dict(), folder / "memory.safetensors")
+        checkpoints.write_text(json.dumps({"rows": rows, "taken": taken}), folder / "result.json")
 
 
 def check_tasks(tasks: Sequence[Sequence[str]]) -> None:
@@ -223,13 +224,11 @@ def _images_of(detector: Detector, root, task: Sequence[str]) -> dict:
 
 def _same_run(path: Path, settings: dict) -> None:
     """Write down what a folder's run is, or refuse to go on with another; tasks may be added."""
-    settings = json.loads(json.dumps(settings))  # as it looks after a round trip
-    before = read_json(path, tasks=list[list[str]]) if path.exists() else settings
-    now = settings | {n: settings[n][: len(before["tasks"])] for n in ("tasks", "data")}
-    if different := differences(before, now):
-        found = f"{path.parent} holds another run (different {', '.join(different)})"
-        raise ValueError(f"{found}; choose another folder, or delete it to start anew")
-    write_text(json.dumps(settings, indent=1), path)
+    if path.exists():
+        before = checkpoints.read_json(path, tasks=list[list[str]])
+        now = settings | {n: settings[n][: len(before["tasks"])] for n in ("tasks", "data")}
+        checkpoints.refuse_another(path.parent, before, now)
+    checkpoints.write_text(json.dumps(settings, indent=1), path)
 
 
 def gather(
@@ -243,9 +242,10 @@ def gather(
     share = range(0, len(data), every)[process.process_index :: process.num_processes]
     batches = DataLoader(Subset(data, share), 16)
     for group in memory.groups():
-        with memory.gather(group):
+        # Compiled networks would not call the hooks that gather.
+        with memory.gather(group), torch.compiler.set_stance("force_eager"):
             for batch in tqdm(batches, "gather", disable=not progress):
-                noise = seeded(detector.device, 0)
+                noise = seeded("cpu", 0)  # the same on every device
                 detector.predict(batch["image"], batch["category_index"], noise)
         taken |= memory.extend()
     return {name: taken[name] for name in memory.layers}
@@ -270,6 +270,6 @@ def held_out_loss(detector: Detector, data: AnomalyFolder, seed: int = 0) -> flo
     losses, detector = [], detector.eval()
     for number, batch in enumerate(DataLoader(data, batch_size=16)):
         batch = send_to_device(batch, detector.device)
-        loss = detector(batch, seeded(detector.device, seed, number))
+        loss = detector(batch, seeded("cpu", seed, number))
         losses += [loss["noise" if "noise" in loss else "loss"].item()] * len(batch["image"])
-    return _mean(losses)
+    return fmean(losses)

@@ -40,8 +40,11 @@ EXPECTED_TREE = """\
     texture                           optional, empty: the product is a surface, not an object"""
 
 
-def _open(path: str | Path) -> Image.Image:
-    """Decode fully, upright, with depths above 8 bits scaled to 8; ValueError names the file."""
+def read_image(path: str | Path, ground: str = "white") -> Image.Image:
+    """Read any supported image file as 8-bit RGB, upright, over a ground where it is transparent.
+
+    Depths above 8 bits are scaled to 8. A ValueError names the file.
+    """
     try:
         with Image.open(path, formats=FORMATS) as file:
             image, pages = ImageOps.exif_transpose(file), getattr(file, "n_frames", 1)
@@ -55,27 +58,20 @@ def _open(path: str | Path) -> Image.Image:
         if image.getextrema()[1] > 65535:
             raise ValueError(f"{path}: integers above 65535 have no known range; save 8 or 16 bits")
         image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    return image
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Read any supported image file as 8-bit RGB, alpha composited over white."""
-    image = _open(path)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.has_transparency_data:
+        behind = Image.new("RGBA", image.size, ground)
+        image = Image.alpha_composite(behind, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def read_mask(path: str | Path) -> np.ndarray:
     """Read a mask file as uint8 (H, W) in {0, 1}: 1 where it exceeds half of full scale."""
-    image = _open(path)
-    if image.has_transparency_data:  # what nobody sees marks nothing
-        black = Image.new("RGBA", image.size, "black")
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    if image.mode in ("RGBA", "P"):
-        image = image.convert("RGB")  # a palette's colours count, not its indices
-    return (np.asarray(image.convert("L")) > 127).astype(np.uint8)
+    return (_read_grey(path) > 127).astype(np.uint8)
+
+
+def _read_grey(path: str | Path) -> np.ndarray:
+    image = read_image(path, ground="black")  # what nobody sees marks nothing
+    return np.asarray(image.convert("L"))
 
 
 # PIL's; but "linear" mixes the nearest four pixels, however much an image shrinks, as OpenCV does.
@@ -123,7 +119,7 @@ class AnomalyFolder(Dataset):
     """Images with their masks from a folder in the MVTec layout; see `Detector.folder`, too.
 
     `dataset[i]` is a dict: image (3, H, W) float32 in [0, 1], mask (1, H, W) in {0, 1}, label,
-    category, category_index, texture, kind, path, and foreground (1, H, W) if it was asked for.
+    category, category_index, texture, kind, path, and foreground (1, H, W) in [0, 1] if asked for.
     `has_labels` is False if test images lie loose in one folder, `has_masks` if any defective
     image lacks its mask, `000_mask.png` or `000.png`; zeros stand for it. `categories` may be
     replaced by a longer list. What is missing is a FileNotFoundError, what is wrong a ValueError.
@@ -140,8 +136,9 @@ class AnomalyFolder(Dataset):
         are surfaces; by default those with a file `texture`, and the known names in `TEXTURES`.
     foreground : path or callable, optional
         Where the product is: a folder of masks that mirrors `root`; or the name of one in each
-        category that mirrors its `train` (released: DISthresh, or thresh); or what makes a mask
-        of an object's image, such as `anomalies.estimate_foreground`.
+        category that mirrors its `train` (released: DISthresh, or thresh), where grey is soft; or
+        what makes a mask of an object's image, such as `anomalies.estimate_foreground`. A texture
+        without masks is foreground everywhere.
     crop, resample
         Keep the middle of each image, so many pixels a side; how it is resized: `resize_image`.
     cache, plain
@@ -184,7 +181,7 @@ class AnomalyFolder(Dataset):
             raise ValueError(f"no category {sorted(strange)} among {', '.join(self.categories)}")
         masks = [] if foreground is None or callable(foreground) else [Path(foreground)]
         if masks and not any(p.is_dir() for p in masks + [f / masks[0] for f in folders.values()]):
-            raise _missing(f"no folder {foreground} of foreground masks", masks[0])
+            raise _missing(f"no folder {foreground} of foreground masks", self.root)
         for category in self.categories:
             folder = folders[category]
             if split == "train":
@@ -192,11 +189,12 @@ class AnomalyFolder(Dataset):
             else:
                 truth = None if plain else folder / "ground_truth"
                 records = _read_test(folder if plain else folder / "test", category, truth)
-            if not (foreground is None or callable(foreground) or category in self.textures):
+            if not (foreground is None or callable(foreground)):
                 masks, inside = Path(foreground), folder / foreground
                 bare = len(masks.parts) == 1 and inside.is_dir()
                 places = (folder / split, inside) if bare else (folder, masks / category)
-                records = _add_foreground(records, *places)
+                if places[1].is_dir() or category not in self.textures:
+                    records = _add_foreground(records, *places)
             if not plain:
                 _tell_unused(category, folder, split, records)
             self.samples += records
@@ -250,18 +248,21 @@ class AnomalyFolder(Dataset):
         return sample if self.raw else as_floats(sample)
 
     def _decode(self, record: Record) -> dict[str, Tensor]:
-        """The sample's pictures as bytes: image in 0..255, masks in {0, 1}."""
+        """The sample's pictures as bytes: image and foreground in 0..255, mask in {0, 1}."""
         image = read_image(record.path)
         size = self._size or image.size[::-1]
         small = resize_image(image, size, self.resample)
         parts = {"image": small, "mask": np.zeros(size, np.uint8)}
-        for name, path in (("mask", record.mask_path), ("foreground", record.foreground_path)):
-            if path is not None:
-                parts[name] = self.resize_mask(_read_mask_of(record, path, image.size), size)
-        if self.foreground is not None and record.category in self.textures:
-            parts["foreground"] = np.ones(size, np.uint8)
+        if record.mask_path is not None:
+            mask = _read_mask_of(record, record.mask_path, image.size)
+            parts["mask"] = self.resize_mask((mask > 127).astype(np.uint8), size)
+        if record.foreground_path is not None:  # it may be soft
+            soft = Image.fromarray(_read_mask_of(record, record.foreground_path, image.size))
+            parts["foreground"] = np.array(soft.resize(size[::-1], Image.Resampling.BILINEAR))
+        elif self.foreground is not None and record.category in self.textures:
+            parts["foreground"] = np.full(size, 255, np.uint8)
         elif callable(self.foreground):
-            parts["foreground"] = self.foreground(small)
+            parts["foreground"] = 255 * self.foreground(small)
         if self.crop is not None:
             rows, columns = (slice((n - self.crop) // 2, (n + self.crop) // 2) for n in size)
             parts = {name: part[rows, columns] for name, part in parts.items()}
@@ -279,9 +280,9 @@ def _to_learn_from(batch) -> dict:
 
 
 def as_floats(sample: dict) -> dict:
-    """Pictures of a sample or batch from bytes to float32: images from 0 to 1, masks 0 or 1."""
+    """Pictures of a sample or batch from bytes to float32, from 0 to 1; a mask is 0 or 1."""
     bytes_ = {k: v for k, v in sample.items() if isinstance(v, Tensor) and v.dtype == torch.uint8}
-    return sample | {k: v.float() / (255 if k == "image" else 1) for k, v in bytes_.items()}
+    return sample | {k: v.float() / (1 if k == "mask" else 255) for k, v in bytes_.items()}
 
 
 def loading(device: torch.device, workers: int | None = None) -> dict:
@@ -304,7 +305,7 @@ class Feed:
         if hasattr(dataset, "raw"):
             self.dataset.raw, gpu = True, device.type == "cuda"
             size = sum(v.nbytes for v in self.dataset[0].values() if isinstance(v, Tensor))
-            free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
+            free = torch.cuda.mem_get_info(device)[0] if gpu else psutil.virtual_memory().available
             if workers is None and 4 * size * len(dataset) <= free:
                 self.held = self._hold(progress)
 
@@ -331,10 +332,10 @@ class Feed:
 
 
 def _read_mask_of(record: Record, path: Path, image_size: tuple[int, int]) -> np.ndarray:
-    mask = read_mask(path)
+    mask = _read_grey(path)
     if mask.shape[::-1] != image_size:
         raise ValueError(f"{path} is {mask.shape[::-1]}, but its image {record.path} {image_size}")
-    if not mask.any():
+    if mask.max() <= 127:
         warnings.warn(f"{path} marks no pixel, its image is {record.kind!r}", stacklevel=2)
     return mask
 

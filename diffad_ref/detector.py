@@ -238,7 +238,7 @@ class Detector(nn.Module, ABC):
         """Check a batch of training images, values on the CPU only, and compute its loss."""
         if "image" in batch:
             sizes = self.view("train")["image_size"], self.config.image_size
-            self.check(batch["image"], *sizes, wait=False)
+            check_images(batch["image"], *sizes, wait=False)
             batch = batch | {"image": batch["image"].float()}
         elif "posterior" not in batch:
             demand(batch, "image")
@@ -264,7 +264,7 @@ class Detector(nn.Module, ABC):
         that must know. An image's noise comes from a seed, which the `generator` draws (by
         default one of seed 0), and from its own pixels: what stands beside it changes nothing.
         """
-        self.check(images, self.config.image_size)
+        check_images(images, self.config.image_size)
         images, training = images.float(), self.training
         index = self.classes_of(category_index, len(images))
         generators = for_each(images, generator or seeded("cpu", 0))
@@ -280,18 +280,10 @@ class Detector(nn.Module, ABC):
         return replace(found, **{name: getattr(found, name).float() for name in names})
 
     def compile(self, **options) -> None:
-        """Compile every network, in place; `mode="reduce-overhead"` is for single images."""
+        """Compile every network but the codec, in place; "reduce-overhead" is for single images."""
         for part in self.children():
             if next(part.parameters(), None) is not None:
                 part.compile(**options)
-
-    def check(self, images: Tensor, *sizes: int, wait: bool = True) -> None:
-        """Refuse what is not a batch of images, or has none of these sizes."""
-        check_images(images, wait=wait)
-        height, width = images.shape[-2:]
-        if height != width or width not in sizes:
-            wanted = " or ".join(f"{size} x {size}" for size in dict.fromkeys(sizes))
-            raise ValueError(f"this model was built for {wanted} images, not {height} x {width}")
 
     def classes_of(self, category_index, count: int, wait: bool = True) -> Tensor | None:
         """The classes (count,), long, of a batch, if `config.classes` says how many there are."""
@@ -369,25 +361,31 @@ def for_each(images: Tensor, generator: torch.Generator) -> list[torch.Generator
     return [seeded(generator.device, drawn, zlib.crc32(image.tobytes())) for image in levels]
 
 
-def check_images(images: Tensor, name: str = "images", wait: bool = True) -> None:
-    """Refuse what is no batch (B, 3, H, W), floating point, in [0, 1] (to 1e-4, for resampling)."""
+def check_images(images: Tensor, *sizes: int, wait: bool = True) -> None:
+    """Refuse what is no batch (B, 3, H, W), floating point, in [0, 1] (to 1e-4, for resampling).
+
+    If sizes are given, height and width must be one of them.
+    """
     if not isinstance(images, Tensor):
-        raise ValueError(f"{name}: expected a tensor (B, 3, H, W), got {type(images).__name__}")
+        raise ValueError(f"images: expected a tensor (B, 3, H, W), got {type(images).__name__}")
     shape = tuple(images.shape)
     if images.ndim != 4 or shape[1] != 3:
         hint = "; add the batch dimension with images[None]" if images.ndim == 3 else ""
-        raise ValueError(f"{name}: expected shape (B, 3, H, W), got {shape}{hint}")
+        raise ValueError(f"images: expected shape (B, 3, H, W), got {shape}{hint}")
     if images.numel() == 0:
-        raise ValueError(f"{name}: the batch is empty, shape {shape}")
+        raise ValueError(f"images: the batch is empty, shape {shape}")
+    if sizes and (shape[2] != shape[3] or shape[3] not in sizes):
+        wanted = " or ".join(f"{size} x {size}" for size in dict.fromkeys(sizes))
+        raise ValueError(f"this model was built for {wanted} images, not {shape[2]} x {shape[3]}")
     if not images.is_floating_point():
         hint = "convert with images.float() / 255 if these are bytes"
-        raise ValueError(f"{name}: expected float32 in [0, 1], got {images.dtype}; {hint}")
+        raise ValueError(f"images: expected float32 in [0, 1], got {images.dtype}; {hint}")
     if not wait and images.device.type != "cpu":
         return  # values would have to be fetched
     low, high = torch.stack(images.aminmax()).tolist()
     if not math.isfinite(high - low):
         bad = [i for i, image in enumerate(images) if not torch.isfinite(image).all()]
-        raise ValueError(f"{name}: NaN or infinite pixels in image(s) {bad} of the batch")
+        raise ValueError(f"images: NaN or infinite pixels in image(s) {bad} of the batch")
     if low < -1e-4 or high > 1 + 1e-4:
         hint = "; divide by 255" if high > 1.5 else "; is it still in [-1, 1]?" if low < 0 else ""
-        raise ValueError(f"{name}: values must lie in [0, 1], found [{low:.4g}, {high:.4g}]{hint}")
+        raise ValueError(f"images: values must lie in [0, 1], found [{low:.4g}, {high:.4g}]{hint}")

@@ -268,7 +268,8 @@ def focal_loss(prediction: Tensor, mask: Tensor, alpha: float = 0.5, gamma: floa
 
 def mask_loss(prediction: Tensor, mask: Tensor) -> Tensor:
     """How far a predicted mask (B, 1, H, W) in [0, 1] is from the true one (D9)."""
-    return 5 * focal_loss(prediction, mask).mean() + F.smooth_l1_loss(prediction, mask)  # D9
+    known = prediction.nan_to_num(0.5)  # cross-entropy refuses NaN; in the other term it shows
+    return 5 * focal_loss(known, mask).mean() + F.smooth_l1_loss(prediction, mask)  # D9
 
 
 def top_k_mean(maps: Tensor, k: int = 50) -> Tensor:
@@ -309,8 +310,8 @@ class DiffusionAD(Detector):
 
     def identity(self):
         """Which textures; ValueError if there are none."""
-        bank = self.bank()[:, :, ::8, ::8].flatten().tolist()  # enough to tell two sets apart
-        return {"textures": hashlib.sha256(bytes(bank)).hexdigest()}
+        bank = self.bank()[:, :, ::8, ::8].flatten().cpu()  # enough to tell two sets apart
+        return {"textures": hashlib.sha256(bank.numpy()).hexdigest()}
 
     def bank(self) -> Tensor:
         """The textures that are set, or else the built-in ones; ValueError if there are none."""
@@ -376,5 +377,6 @@ class DiffusionAD(Detector):
     @torch.no_grad()
     def compare(self, x, x0) -> Prediction:
         """Segment the difference between images and reconstructions."""
-        mask = self.segmenter(torch.cat([x, x0], 1))[:, 0]  # D7
+        # A copy, because recorded launches (`compile`) would write the next mask over this one.
+        mask = self.segmenter(torch.cat([x, x0], 1))[:, 0].clone()  # D7
         return Prediction(mask, top_k_mean(mask, self.config.top_k), x0.clamp(0, 1))

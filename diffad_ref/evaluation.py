@@ -95,7 +95,7 @@ def judged(
         demand(batch, "image")
         x, index = batch["image"].to(device), index_of(batch) if index_of else None
         start = _now(device)
-        prediction = detector.predict(x, index, seeded(device, seed), **bits)
+        prediction = detector.predict(x, index, seeded("cpu", seed), **bits)
         seconds = _now(device) - start
         _check(prediction, batch)
         yield batch, prediction, seconds
@@ -129,8 +129,10 @@ def _predict_all(detector, dataset, batch_size: int, way: dict):
         row = {name: batch[name] for name in ("path", "category", "kind") if name in batch}
         rows.append(row | {"label": batch["label"], "score": prediction.score.cpu()})
     images = concat([DataFrame(row) for row in rows], ignore_index=True)
-    if root := said_by(dataset, "root"):  # a report may travel
-        images["path"] = [Path(path).relative_to(root).as_posix() for path in images["path"]]
+    root, paths = said_by(dataset, "root"), [Path(path) for path in images.get("path", ())]
+    if root and paths:  # a report may travel
+        inside = [p.relative_to(root) if p.is_relative_to(root) else p for p in paths]
+        images["path"] = [path.as_posix() for path in inside]
     return images, torch.cat(maps), torch.cat(masks), total
 
 

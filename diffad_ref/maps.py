@@ -71,8 +71,12 @@ def feature_distance(features: list[Tensor], others: list[Tensor], size: int) ->
 
 
 class Prepared(nn.Module):
-    """What must learn or load something before it can be used; its buffer `known_by` holds it."""
+    """What must learn or load something before it can be used; its buffer `known_by` holds it.
 
+    How it does so is in `_learn`.
+    """
+
+    borrowed = False  # whether its weights come from elsewhere
     known_by, _ready = "ready", False  # once it is known here, the device is not asked again
 
     def is_ready(self) -> bool:
@@ -81,6 +85,12 @@ class Prepared(nn.Module):
         self._ready = self._ready or told.is_meta or bool(told.any())
         return self._ready
 
+    @torch.no_grad()
+    def prepare(self, dataset=None) -> None:
+        """Learn from the images of a data set, or load; if it has done so before, nothing."""
+        if not self.is_ready():
+            self._learn(dataset)
+
 
 class PretrainedFeatures(Prepared):
     """Stages, 0 to 4, of one of timm's networks; the next has half the pixels of the last.
@@ -88,7 +98,7 @@ class PretrainedFeatures(Prepared):
     Released: ResNet-50's 1, 2, 3 for MVTec AD, and 0, 2, 4 for VisA. ValueError if there are none.
     """
 
-    borrowed = True  # its weights come from elsewhere
+    borrowed = True
 
     def __init__(self, name: str = "resnet50", stages: tuple[int, ...] = (1, 2, 3)):
         import timm
@@ -103,10 +113,8 @@ class PretrainedFeatures(Prepared):
             values = torch.tensor(self.network.pretrained_cfg[key])[:, None, None]
             self.register_buffer(key, values, persistent=False)
 
-    def prepare(self, images: Tensor | None = None) -> None:
+    def _learn(self, dataset) -> None:
         """Load the weights of its training on ImageNet: see `pretrained_state`."""
-        if self.is_ready():
-            return
         self.network.load_state_dict(pretrained_state(self.name, **self.settings))
         self.ready.fill_(True)
 
@@ -161,11 +169,10 @@ class PatchFeatures(Prepared):
         self.register_buffer("mean", torch.zeros(len(scales), 3 * patch**2))
         self.register_buffer("filters", torch.zeros(len(scales), channels, 3 * patch**2))
 
-    @torch.no_grad()
-    def prepare(self, images: Tensor) -> None:
-        """Learn from images (N, 3, H, W) in [0, 1], unless it has learnt before."""
-        if self.is_ready():
-            return
+    def _learn(self, dataset) -> None:
+        """From a thousand images, or all if there are fewer."""
+        some = range(0, len(dataset), max(1, len(dataset) // 1000))
+        images = torch.stack([dataset[i]["image"] for i in some]).to(self.mean.device)
         for i, x in enumerate(self._pyramid(images)):
             patches = F.unfold(x, self.patch, stride=2).transpose(0, 1).flatten(1).double()
             mean = patches.mean(1, keepdim=True)
@@ -178,7 +185,7 @@ class PatchFeatures(Prepared):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps (B, channels, h, w) of images (B, 3, H, W), one a scale."""
         if not self.is_ready():
-            raise ValueError("the features have learned nothing yet: call prepare(images)")
+            raise ValueError("the features have learned nothing yet: call prepare(dataset)")
         return [
             F.conv2d(
                 F.pad(x, [self.patch // 2] * 4, mode="reflect"),

@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 
 
+def _like(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if p is None else p.to(x) for p in parameters]
+
+
 class _GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
-        affine, size = (self.weight.to(x), self.bias.to(x)), (*x.shape[:2], x[0, 0].numel())
+        affine, size = _like(x, self.weight, self.bias), (*x.shape[:2], x[0, 0].numel())
         return torch.native_group_norm(x.contiguous(), *affine, *size, self.num_groups, self.eps)[0]
 
 
 class _LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        affine = self.weight.to(x), self.bias.to(x)
+        affine = _like(x, self.weight, self.bias)
         return torch.native_layer_norm(x, self.normalized_shape, *affine, self.eps)[0]
 
 

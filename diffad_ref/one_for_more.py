@@ -293,18 +293,13 @@ class OneForMore(Detector):
         """Load what comes before all tasks; or learn codec and features from a `dataset`."""
         if self.codec.is_ready():
             return  # a later task
-        start = self.config.start
-        learned = self.config.features == "patches"
+        start, own = self.config.start, ["extractor"] * (self.config.features != "patches")
         if start == PHOTOGRAPHS:
-            load_shipped(self, "one_for_more_photographs", [] if learned else ["extractor"])
+            load_shipped(self, "one_for_more_photographs", own)
         elif start is not None:
             load_weights(self.unet, stable_diffusion(start), f"Stable Diffusion {start!r}")
         self.codec.prepare(dataset)
-        images = None
-        if learned and start != PHOTOGRAPHS:
-            some = range(0, len(dataset), max(1, len(dataset) // 1000))
-            images = torch.stack([dataset[i]["image"] for i in some]).to(self.device)
-        self.extractor.prepare(images)
+        self.extractor.prepare(dataset)
 
     def enter(self, stage: Stage) -> None:
         """Besides the parts, freeze what a U-Net that has learned before keeps: see `learns`."""
@@ -353,8 +348,9 @@ class OneForMore(Detector):
         t = torch.full((len(z_0),), level, device=z_0.device)
         eps = Draw(generator, z_0.device).normal(*z_0.shape)
         # The condition stays the same all the way. Guidance between two equal conditions, which
-        # the released code computes, changes nothing and is left out.
-        f = self.condition(x)  # A2
+        # the released code computes, changes nothing and is left out. A copy, because recorded
+        # launches (`compile`) would write the next output over this one.
+        f = self.condition(x).clone()  # A2
         end = 1.0 if config.end_clean else schedule.abar[0].item()
         z_t = add_noise(z_0, eps, schedule.at(t))
         return ddim_walk(lambda z, t: self.noise(z, t, f), z_t, schedule, times, end)[0]  # O2
@@ -369,6 +365,6 @@ class OneForMore(Detector):
     @torch.no_grad()
     def compare(self, decoded: Tensor, rebuilt: Tensor) -> Tensor:
         """Map (B, H, W) of where two images (B, 3, H, W) in [0, 1] have other features (O3)."""
-        features = (self.extractor(x) for x in (decoded, rebuilt))
+        features = ([f.clone() for f in self.extractor(x)] for x in (decoded, rebuilt))
         distance = feature_distance(*features, self.config.image_size)
         return gaussian_filter(distance, self.config.sigma)  # O3

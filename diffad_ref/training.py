@@ -24,15 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
-from diffad_ref.checkpoints import (
-    claimed,
-    differences,
-    load_weights,
-    parse_json,
-    read_metadata,
-    read_tensors,
-    write_tensors,
-)
+from diffad_ref import checkpoints
 from diffad_ref.data import Feed
 from diffad_ref.detector import Detector, Stage, arithmetic, precision_on, said_by
 from diffad_ref.diffusion import seeded
@@ -100,7 +92,7 @@ def fit(
     seed : int
         Equal seeds lead from equal weights (`torch.manual_seed` before a detector is built) to
         equal weights, on the same CPU and number of threads. On a GPU they do so up to rounding, or
-        under `torch.use_deterministic_algorithms(True)`.
+        under `torch.use_deterministic_algorithms(True)`, which may ask for an environment variable.
     device, num_workers, on_optimizer
         By default a GPU, if there is one; processes that load images, by default as `Feed` needs;
         what gets the optimiser of each stage before its first step, to attach hooks.
@@ -120,21 +112,25 @@ def fit(
     wanted["checkpointing"] = checkpointing or None
     wanted = {name: value for name, value in wanted.items() if value is not None}
     stages = plan_stages(detector.stages, len(dataset), world, steps, rate, **wanted)
-    held = claimed(Path(out)) if out and rank == 0 else nullcontext()
+    held = checkpoints.claimed(Path(out)) if out and rank == 0 else nullcontext()
     with held, torch.random.fork_rng(None if device.type == "cuda" else []):
-        detector.to(device)
-        detector.categories = _numbered(detector, said_by(dataset, "categories", ()))
+        try:
+            detector.to(device)
+        except (AssertionError, RuntimeError) as error:  # no such device, or none at all
+            raise ValueError(f"cannot train on {device}: {error}") from error
+        categories = _numbered(detector, said_by(dataset, "categories", ()))
         run = _Run(detector, Path(out) / STATE if out else None, writes=rank == 0)
         run.resume(
             method=type(detector).__name__,
             stages=[asdict(stage) for stage in stages],
             config=asdict(detector.config),
-            categories=detector.categories,
+            categories=categories,
             data=said_by(dataset, "fingerprint", dataset.__len__)(),
             **({"part": [*map(int, dataset.indices)]} if isinstance(dataset, Subset) else {}),
             **{"seed": seed, "precision": precision, "ema": ema, "processes": world},
             **detector.identity(),
         )
+        detector.categories = categories
         if run.stage == run.step == 0:
             detector.prepare(dataset)
         if compile:
@@ -193,7 +189,8 @@ def _train(run: _Run, stage: Stage, optimizer, batches: Iterator[dict], seed: in
         if stage.clip is not None:
             scaler.unscale_(optimizer)
             clip_grad_norm_(learning, stage.clip)
-        scaler.step(optimizer)
+        with _enough_memory(run, stage):  # averages and bases come to the device with it
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         run.after_step()
@@ -208,12 +205,13 @@ def _enough_memory(run: _Run, stage: Stage):
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        half = max(1, stage.batch_size // 2)
-        ways = f"batch_size={half} with accumulate={stage.batch_size * stage.accumulate // half}"
+        half, ways = stage.batch_size // 2, "checkpointing=True, or fewer bits (precision)"
+        if half:
+            accumulate = stage.batch_size * stage.accumulate // half
+            ways = f"batch_size={half} with accumulate={accumulate}, {ways}"
         size = torch.cuda.get_device_properties(run.detector.device).total_memory / 2**30
         found = f"{stage.batch_size} images at a time do not fit into {size:.0f} GiB of memory"
-        words = f"{found}: try {ways}, checkpointing=True, or fewer bits (precision)"
-        raise ValueError(words + run.kept("the last checkpoint is in")) from error
+        raise ValueError(f"{found}: try {ways}" + run.kept("the last checkpoint is in")) from error
 
 
 def restore(detector: Detector, out: str | os.PathLike) -> dict[str, Tensor]:
@@ -221,11 +219,11 @@ def restore(detector: Detector, out: str | os.PathLike) -> dict[str, Tensor]:
 
     Parts that come from elsewhere and never learn are in no checkpoint; they are loaded again.
     """
-    tensors = read_tensors(path := Path(out) / STATE)
+    tensors = checkpoints.read_tensors(path := Path(out) / STATE)
     for name in (names := _borrowed(detector)):
         getattr(detector, name).prepare(None)
     kept = {k: v for k, v in detector.state_dict().items() if k.split(".")[0] in names}
-    load_weights(detector, kept | _under("model.", tensors), path)
+    checkpoints.load_weights(detector, kept | _under("model.", tensors), path)
     return tensors
 
 
@@ -235,6 +233,8 @@ def _borrowed(detector: Detector) -> list[str]:
 
 def meet(device: str | torch.device | None = None) -> PartialState:
     """Let processes meet, by default on GPUs, where there are any; ACCELERATE_USE_CPU forbids."""
+    if processes()[0] == 1:
+        PartialState._reset_state()  # it would keep to the first device that was asked for
     return PartialState(cpu=str(device) == "cpu" or utils.parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
@@ -284,16 +284,14 @@ class _Run:
 
     def resume(self, **identity) -> None:
         """Take up what `path` holds, if anything; refuse a run of another identity."""
-        self.identity = json.loads(json.dumps(identity))  # as it looks after a round trip
+        self.identity = identity
         if self.path is None or not self.path.exists():
             return
-        text = read_metadata(self.path).get("state", "{}")
+        text = checkpoints.read_metadata(self.path).get("state", "{}")
         kinds = {"identity": dict, "stage": int, "step": int, "scaler": dict}
-        state = parse_json(text, self.path, **kinds, history=list[dict[str, int | float | str]])
-        different = differences(state["identity"], self.identity)
-        if different:
-            found = f"{self.path.parent} holds another run (different {', '.join(different)})"
-            raise ValueError(f"{found}; choose another folder, or delete it to start anew")
+        kinds["history"] = list[dict[str, int | float | str]]
+        state = checkpoints.parse_json(text, self.path, **kinds)
+        checkpoints.refuse_another(self.path.parent, state["identity"], identity)
         self.stage, self.step = state["stage"], state["step"]
         self._scaler, self.history = state["scaler"], History(state["history"])
         self._loaded = restore(self.detector, self.path.parent)
@@ -389,7 +387,7 @@ class _Run:
         state = {"identity": self.identity, "stage": self.stage, "step": self.step}
         state |= {"scaler": self.scaler.state_dict() if optimizer else {}}
         text = json.dumps(state | {"history": self.history.rows})
-        write_tensors(tensors, self.path, {"state": text})
+        checkpoints.write_tensors(tensors, self.path, {"state": text})
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class Card(TorchDispatchMode):
         if function is ATEN._local_scalar_dense.default:
             if tensors[0].is_cuda:
                 self.note("reads a number")
-            return {torch.bool: tensors[0].is_cuda, torch.long: 0}.get(tensors[0].dtype, 0.5)
+            return {torch.bool: tensors[0].is_cuda, torch.long: 1}.get(tensors[0].dtype, 0.5)
         if function in COUNTING:
             self.note("asks how many")
             return tensors[0].new_zeros(tensors[0].numel(), tensors[0].ndim, dtype=torch.long)

@@ -249,7 +249,7 @@ def test_unknown_method_is_named_with_the_known_ones(saved, method):
     write_text(
         json.dumps({**read_description(saved), "method": method}), saved.with_suffix(".json")
     )
-    words = "of methods, only .*DiffusionAD.* are imported|in 'method': Input should be .* string"
+    words = "of methods, only .*DiffusionAD.* are imported|method: Input should be .* string"
     with pytest.raises(ValueError, match=words):
         load(saved)
 

@@ -290,6 +290,11 @@ def test_category_that_the_data_lack_is_answered_with_the_known_ones(root, tmp_p
     assert not list(tmp_path.iterdir())  # before the first task is trained
 
 
+def test_textures_are_for_diffusion_ad(root, tmp_path, fails):
+    message = fails(*to_learn(root, tmp_path, tasks=("gear",)), "--textures", tmp_path)
+    assert "--textures is not for OneForMore" in message
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -298,7 +303,7 @@ def test_category_that_the_data_lack_is_answered_with_the_known_ones(root, tmp_p
         (["--order", "mvtec 1-1"], "invalid choice 'mvtec 1-1' for argument '--order'"),
         (["--tasks", "gear", "--protection", "all"], "invalid choice 'all' for argument"),
         (["--tasks", "gear", "--every", "0"], "must be at least 1, not 0"),
-        (["--tasks", "gear", "--textures", "folder"], "Unrecognized options"),
+        (["--tasks", "gear", "--latents", "folder"], "Unrecognized options"),
     ],
 )
 def test_words_that_make_no_command_are_named(tmp_path, capsys, words, message):

@@ -282,7 +282,8 @@ def test_so_does_a_continual_run(fails, mvtec_root, tmp_path, full_card):
 
 
 def test_so_does_a_reproduction(fails, mvtec_root, tmp_path, full_card, monkeypatch):
-    monkeypatch.setattr(reproduce, "IMAGES", {"bottle": 3})
+    monkeypatch.setattr(reproduce, "IMAGES", {})
+    monkeypatch.setattr(reproduce, "TESTED", {})
     paper = "reproduce", "diffusion_ad", "mvtec", "--data", mvtec_root, "--only", "bottle"
     way = "--profile", "tiny", "--image-size", "32", "--set", "width=8", "--set", "norm_groups=4"
     message = fails(*paper, *way, "--set", "multipliers=[1,1,1]", "--out", tmp_path / "r")

@@ -66,3 +66,16 @@ def test_a_compiled_detector_predicts_and_stores_as_before():
     again = detector.predict(images, torch.tensor([0, 1]))
     assert torch.allclose(again.anomaly_map, plain.anomaly_map, atol=1e-5)
     assert list(detector.state_dict()) == names
+
+
+@pytest.mark.long
+def test_compiled_networks_are_gathered_after_every_task(tmp_path):
+    """A compiled graph does not call the hooks that gather."""
+    torch._dynamo.reset()
+    root = da.toy_factory(tmp_path / "toy", 64, 0, 8, 1, 1, progress=False)
+    detector = ready(da.OneForMore)
+    detector.compile(backend="eager")
+    settings = {"steps": 1, "batch_size": 2, "device": "cpu", "progress": False}
+    result = da.fit_continual(detector, root, [["gear"], ["brick"]], tmp_path / "run", **settings)
+    first, second = result.share_taken()
+    assert 0 < first < second

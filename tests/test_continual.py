@@ -1,6 +1,7 @@
 """Tasks one after the other: measures by hand, what protections hold, and runs that break off."""
 
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -191,8 +192,18 @@ def test_a_loss_that_grew_is_forgetting_and_one_that_fell_is_the_contrary():
 
 def test_with_one_task_there_is_nothing_to_forget():
     one = Continual([["a"]], three_tasks().rows[:1], [{}])
-    with pytest.raises(ValueError, match="forgetting needs at least two tasks"):
+    with pytest.raises(ValueError, match="forgetting and plasticity need at least two tasks"):
         one.forgetting("image_auroc")
+    with pytest.raises(ValueError, match="forgetting and plasticity need at least two tasks"):
+        one.plasticity("image_auroc")
+
+
+def test_what_was_not_measured_is_no_number():
+    """Without masks there is no pixel metric: neither a crash nor a zero."""
+    run = three_tasks()
+    run.rows = [row | {"pixel_ap": None} for row in run.rows]
+    found = run.a_metric("pixel_ap"), run.forgetting("pixel_ap"), run.plasticity("pixel_ap")
+    assert all(map(math.isnan, found))
 
 
 class Counting(nn.Module):
@@ -410,6 +421,23 @@ def test_photographs_are_the_start_of_the_first_task_alone(root, tmp_path, monke
     assert loaded == ["one_for_more_photographs"]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], start[name]) for name in start)
+
+
+def test_a_rate_holds_for_later_tasks_unless_they_have_their_own(root, tmp_path, monkeypatch):
+    rates = []
+    real = continual.fit
+
+    def fit(*arguments, **options):
+        rates.append(options.get("rate"))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(continual, "fit", fit)
+    settings = {"protection": "none", "steps": 1, "batch_size": 2, "device": "cpu"}
+    for name, own in {"same": {}, "other": {"later_rate": 0.5}}.items():
+        fit_continual(
+            build(), root, TASKS, tmp_path / name, progress=False, rate=0.1, **settings, **own
+        )
+    assert rates == [0.1, 0.1, 0.1, 0.5]
 
 
 def test_detector_that_learns_from_larger_images_gathers_at_the_size_at_which_it_judges(

@@ -17,6 +17,7 @@ from diffad_ref.data import (
     Feed,
     loading,
     read_image,
+    read_mask,
     resize_mask,
 )
 from diffad_ref.detector import check_images
@@ -186,6 +187,17 @@ def test_foreground_folder_adds_its_mask_by_place_and_name(mvtec_root, write):
     assert [dataset[i]["foreground"].sum().item() for i in range(3)] == [120, 240, 360]
 
 
+def test_a_grey_foreground_is_soft_and_a_texture_may_have_one(mvtec_root, write):
+    mask = np.full((20, 24), 100, np.uint8)
+    mask[:10] = 200
+    for i in range(3):
+        write(mvtec_root / f"carpet/thresh/good/00{i}.png", mask)
+    dataset = AnomalyFolder(mvtec_root, "train", None, ["carpet"], foreground="thresh")
+    assert dataset[0]["foreground"].unique().tolist() == pytest.approx([100 / 255, 200 / 255])
+    small = AnomalyFolder(mvtec_root, "train", 10, ["carpet"], foreground="thresh")
+    assert (small[0]["foreground"].diff(dim=1) <= 0).all()  # no edge is made harder
+
+
 def test_missing_foreground_mask_is_named(mvtec_root, write):
     foreground = mvtec_root.parent / "foreground"
     write(foreground / "bottle/train/good/000.png", np.zeros((20, 24), np.uint8))
@@ -286,6 +298,11 @@ def test_palette_image_shows_its_colours(tmp_path):
     image.putdata([0, 1])
     image.save(tmp_path / "a.png")
     assert np.asarray(read_image(tmp_path / "a.png"))[0].tolist() == [[250, 0, 0], [0, 120, 0]]
+
+
+def test_a_mask_may_have_colours_of_other_kinds(tmp_path):
+    Image.new("LAB", (2, 2), (255, 128, 128)).save(tmp_path / "a.tif")
+    assert read_mask(tmp_path / "a.tif").all()
 
 
 def test_rotation_noted_by_the_camera_is_applied(tmp_path):

@@ -1,16 +1,19 @@
 """What all detectors share: how they are built, what they refuse, and the data that fits them."""
 
+from copy import deepcopy
 from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from diffad_ref.codecs import CodecConfig
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.detector import Detector, check_images
 from diffad_ref.diffusion_ad import DiffusionAD
+from diffad_ref.networks import lean
 from diffad_ref.one_for_more import OneForMore
 
 METHODS = {"DiffusionAD": DiffusionAD, "DecoDiff": DecoDiff, "OneForMore": OneForMore}
@@ -310,12 +313,28 @@ def test_what_is_no_batch_of_images_is_refused_with_a_hint(images, words):
         check_images(images)
 
 
-def test_the_image_with_nan_pixels_is_counted_and_the_name_is_the_callers():
+def test_the_image_with_nan_pixels_is_counted():
     images = torch.rand(4, 3, 8, 8)
     images[2, 0, 3, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"^the originals: NaN.*\[2\]"):
-        check_images(images, "the originals")
+    with pytest.raises(ValueError, match=r"^images: NaN.*\[2\]"):
+        check_images(images)
 
 
 def test_images_from_zero_to_one_inclusive_pass():
     assert check_images(torch.linspace(0, 1, 3 * 4).view(1, 3, 2, 2)) is None
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.GroupNorm(2, 4, affine=False),
+        nn.LayerNorm(8, bias=False),
+        nn.LayerNorm(8, elementwise_affine=False),
+    ],
+    ids=str,
+)
+def test_normalisations_without_weights_take_16_bits_too(norm):
+    x, plain = torch.rand(2, 4, 8), deepcopy(norm)
+    lean(norm)
+    found = norm(x.bfloat16())
+    assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), plain(x), atol=0.05)

@@ -223,3 +223,31 @@ def test_detector_learns_from_latents_alone(data, path, monkeypatch):
     assert np.isfinite(history.column("loss")).all() and len(history.rows) == 3
     assert not torch.equal(detector.corrector.unet.conv_out.weight, before)
     assert detector.categories == ("bottle", "carpet")
+
+
+def compute_a_share(rank, root, folder):
+    """What one of two processes does; it leaves a file if it computes latents."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    data, codec = data_of(root), build_codec(PCA)
+    codec.prepare(data)
+    real = codec.posterior
+
+    def posterior(images):
+        (folder / f"{rank}.computed").touch()
+        return real(images)
+
+    codec.posterior = posterior
+    assert len(cache(data, codec, folder / "latents.safetensors")) == 6
+    (folder / f"{rank}.read").touch()
+    torch.distributed.destroy_process_group()
+
+
+def test_of_two_processes_one_computes_and_both_read(mvtec_root, tmp_path, start):
+    processes = [start(compute_a_share, rank, mvtec_root, tmp_path) for rank in (0, 1)]
+    for process in processes:
+        process.join(60)
+        process.kill()
+    left = sorted(path.name for path in tmp_path.glob("[01].*"))
+    assert left == ["0.computed", "0.read", "1.read"]

@@ -153,21 +153,25 @@ def photographs(count=150, size=32, seed=0):
     return crop_textures(texture_bank(), count, size, generator)
 
 
+def samples(images):
+    return [{"image": image} for image in images]
+
+
 def prepared(**settings):
     features = PatchFeatures(**settings)
-    features.prepare(photographs())
+    features.prepare(samples(photographs()))
     return features
 
 
 def test_patch_features_must_be_prepared():
-    with pytest.raises(ValueError, match=r"learned nothing yet: call prepare\(images\)"):
+    with pytest.raises(ValueError, match=r"learned nothing yet: call prepare\(dataset\)"):
         PatchFeatures()(torch.rand(1, 3, 32, 32))
 
 
 def test_second_preparation_changes_nothing():
     features = prepared()
     before = {name: value.clone() for name, value in features.state_dict().items()}
-    features.prepare(photographs(60, 32, 1))
+    features.prepare(samples(photographs(60, 32, 1)))
     assert all(torch.equal(value, before[name]) for name, value in features.state_dict().items())
 
 

@@ -1,6 +1,7 @@
 """No step waits for a GPU, and nothing lies on two devices: shown without one."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from fake_card import DRIVERLESS, fake_card
 from torch.utils.data import Dataset
 
 import diffad_ref as da
-from diffad_ref import training
+from diffad_ref import continual, evaluation, training
 from diffad_ref.detector import check_images, precision_on
+from diffad_ref.gradient_projection import GradientProjectionMemory
 
 pytestmark = DRIVERLESS
 METHODS = da.DiffusionAD, da.DecoDiff, da.OneForMore
@@ -68,14 +70,26 @@ def on_card(request):
         yield card, built(*request.param)
 
 
-def test_between_two_readings_of_the_losses_a_training_waits_for_nothing(on_card, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16"},
+        pytest.param({"precision": "float32"}, marks=pytest.mark.long),
+        pytest.param({"precision": "fp16"}, marks=pytest.mark.long),
+        pytest.param({"accumulate": 2, "ema": 0.9, "checkpointing": True}, marks=pytest.mark.long),
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_between_two_readings_of_the_losses_a_training_waits_for_nothing(
+    on_card, settings, monkeypatch
+):
     """Two steps need as many waits as one and one reading; so a step needs none."""
     monkeypatch.setattr(training, "READ_EVERY", 1)
     (card, detector), waits = on_card, []
     detector.stages = detector.stages[-1:]
     for steps in (1, 2):
         card.waits.clear()
-        train(detector, steps, precision="bf16")
+        train(detector, steps, **settings)
         waits.append(Counter(card.waits))
     more = (waits[1] - waits[0]).elements()
     assert [wait.split(" ", 1)[1] for wait in more] == ["copies to the CPU"]
@@ -92,6 +106,50 @@ def test_a_prediction_of_images_from_the_cpu_waits_for_nothing(on_card):
     assert card.waits == []
     assert found.anomaly_map.is_cuda and found.anomaly_map.shape == (2, side, side)
     assert {found.anomaly_map.dtype, found.score.dtype} == {torch.float32}
+
+
+class Floats(Held):
+    """The same as a loader gives them, with what an evaluation asks for."""
+
+    def __getitem__(self, i):
+        found = super().__getitem__(i) | {"label": i % 2, "kind": ("good", "hole")[i % 2]}
+        return found | {"image": torch.zeros(3, self.side, self.side)}
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("paper", marks=pytest.mark.long)])
+def test_memory_is_gathered_and_extended_on_the_card_and_a_protected_step_waits_for_nothing(
+    size, monkeypatch
+):
+    monkeypatch.setattr(training, "READ_EVERY", 1)
+    waits = []
+    with fake_card() as card:
+        detector = built(da.OneForMore, size)
+        memory = GradientProjectionMemory(detector, gamma=0.9)
+        data = Floats(detector.config.image_size, 2)
+        taken = continual.gather(detector, memory, data, progress=False)
+        assert taken.keys() == memory.layers.keys()
+        assert {basis.device.type for basis in memory.bases.values()} == {"cpu"}
+        for steps in (1, 2):
+            card.waits.clear()
+            train(detector, steps, on_optimizer=partial(memory.protect, rest="freeze"))
+            waits.append(Counter(card.waits))
+    more = (waits[1] - waits[0]).elements()
+    assert [wait.split(" ", 1)[1] for wait in more] == ["copies to the CPU"]
+
+
+def test_an_evaluation_lies_on_one_device(monkeypatch):
+    with fake_card():
+        for method in METHODS:
+            detector = built(method, "tiny")
+            data = Floats(detector.config.image_size)
+            monkeypatch.setattr(evaluation, "_check", lambda *_: None)  # it looks at values
+            monkeypatch.setattr(evaluation, "loading", lambda _: {})  # processes know no fakes
+
+            def index_of(batch):
+                return batch["category_index"]
+
+            for _, found, _ in evaluation.judged(detector, data, 2, index_of, progress=False):
+                assert found.anomaly_map.is_cuda and found.score.is_cuda
 
 
 def test_images_on_the_card_are_looked_at_before_they_are_judged_and_in_no_step():

@@ -116,6 +116,32 @@ def test_diffusion_ad_says_that_it_must_know_what_is_a_surface(small_config, goo
         da.fit(detector, good, **ONE)
 
 
+def test_a_data_set_with_a_root_may_have_samples_without_a_path(mean, tmp_path):
+    class Own(list):
+        root = tmp_path
+
+    report = da.evaluate(mean, Own(samples()), progress=False)
+    assert "path" not in report.images
+    elsewhere = Own(samples(path="/somewhere/else.png"))
+    assert set(da.evaluate(mean, elsewhere, progress=False).images["path"]) == {
+        "/somewhere/else.png"
+    }
+
+
+def test_a_folder_called_any_is_no_obstacle(mean, good, tmp_path):
+    (tmp_path / "any").mkdir()
+    da.fit(mean, good, out=tmp_path, **ONE)
+    assert (tmp_path / "training.safetensors").exists()
+
+
+def test_a_refused_run_leaves_the_names_of_the_classes(mean, mvtec_root, tmp_path):
+    data = mean.folder(mvtec_root, "train", categories=["carpet"])
+    da.fit(mean, data, out=tmp_path, **ONE)
+    with pytest.raises(ValueError, match="holds another run"):
+        da.fit(mean, mean.folder(mvtec_root, "train"), out=tmp_path, **ONE)
+    assert mean.categories == ("carpet",)
+
+
 def test_the_test_split_is_not_learned_from(deco, mvtec_root):
     with pytest.raises(ValueError, match="is this the test split"):
         da.fit(deco, deco.folder(mvtec_root, "test"), **ONE)

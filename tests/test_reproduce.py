@@ -26,6 +26,7 @@ from diffad_ref.tools.protocols import MVTEC, ORDERS, PROTOCOLS, VISA, pro_curve
 from diffad_ref.tools.settings import (
     IMAGES,
     SETTINGS,
+    TESTED,
     images_of,
     only,
     plan_table,
@@ -47,6 +48,9 @@ TINY += ("--set", "norm_groups=4")
 def test_the_data_sets_have_the_numbers_of_training_images_that_their_scripts_check():
     stated = {name: train for name, (train, _) in (mvtec_ad.NUMBERS | visa.NUMBERS).items()}
     assert IMAGES == stated and len(MVTEC) == 15 and len(VISA) == 12
+    good = {name: good for name, (_, good) in visa.NUMBERS.items()}
+    tested = {name: test for name, (_, test) in mvtec_ad.NUMBERS.items()}
+    assert TESTED == tested | {name: count + 100 for name, count in good.items()}
     assert sum(IMAGES[name] for name in MVTEC) == 3629
 
 
@@ -89,6 +93,9 @@ def test_visa_has_variants_of_its_own():
     assert deco.turned == 0.5 and deco.classes == 12
     assert one.pasting.share == 2 / 3 and one.pasting.source == "class"
     assert one.stages_compared == (0, 2, 4)
+    with torch.device("meta"):
+        mvtec = recipe("one_for_more", SETTINGS["one_for_more", "mvtec 14-1"]).config
+    assert mvtec.pasting.source == "itself" and mvtec.pasting.share == 0.5
     assert images_of(SETTINGS["one_for_more", "visa 11-1"]) == [2200, 200]
 
 
@@ -144,6 +151,7 @@ def root(mvtec_root, monkeypatch):
     """The small data set under two names of MVTec AD, with as many images as are stated."""
     (mvtec_root / "carpet").rename(mvtec_root / "transistor")
     monkeypatch.setattr(reproduce, "IMAGES", {"bottle": 3, "transistor": 3})
+    monkeypatch.setattr(reproduce, "TESTED", {})
     return mvtec_root
 
 
@@ -243,7 +251,8 @@ def test_two_processes_share_a_run(root, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\nfrom diffad_ref.__main__ import main\nfrom diffad_ref.tools import reproduce\n"
-        "reproduce.IMAGES = {'bottle': 3, 'transistor': 3}\nsys.exit(main(sys.argv[1:]))\n"
+        "reproduce.IMAGES = {'bottle': 3, 'transistor': 3}\nreproduce.TESTED = {}\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
     call = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     call += ["--master_port", str(free_port()), str(script)]
@@ -292,6 +301,43 @@ def test_half_a_category_is_refused(root, fails, tmp_path, monkeypatch):
     assert "bottle" in fails(*call) and not (tmp_path / "run").exists()
 
 
+def test_half_a_test_set_is_refused_before_anything_is_trained(root, fails, tmp_path, monkeypatch):
+    call = words("deco_diff", "mvtec", root, tmp_path / "run", *TINY)
+    monkeypatch.setattr(reproduce, "TESTED", {"bottle": 83})
+    assert "lacks test images of bottle (" in fails(*call)
+    monkeypatch.setattr(reproduce, "TESTED", {})
+    masks = root / "bottle/ground_truth"
+    masks.rename(root / "kept")
+    assert "lacks masks of defective images of bottle (" in fails(*call)
+    (root / "kept").rename(masks)
+    shutil.rmtree(root / "transistor/test/good")
+    assert "test images are needed, also of transistor" in fails(*call)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_is_timed_without_what_comes_before_it(root, monkeypatch):
+    """The first step of a run, which reads and prepares, takes three seconds here."""
+    detector = recipe("deco_diff", only(SETTINGS["deco_diff", "mvtec"], ["bottle"]), "tiny", 32)
+    data, real = detector.folder(root, "train", categories=["bottle"]), da.fit
+
+    def fit(*arguments, **options):
+        time.sleep(3)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(da, "fit", fit)
+    found = reproduce._seconds_a_step(
+        detector, data, "auto", replace(detector.stages[0], batch_size=1)
+    )
+    assert 0 < found < 1
+
+
+def test_maps_too_small_for_the_papers_protocol_are_refused_before(root, fails, tmp_path):
+    said = fails(
+        *words("one_for_more", "mvtec 14-1", root, tmp_path / "run", *TINY, "--only", "bottle")
+    )
+    assert "57 x 57 pixels or more" in said and not (tmp_path / "run").exists()
+
+
 def test_the_papers_textures_are_asked_for_before_anything_is_trained(root, fails, tmp_path):
     said = fails(*words("diffusion_ad", "mvtec", root, tmp_path / "run"))
     assert "data_scripts/dtd.py" in said and not (tmp_path / "run").exists()
@@ -305,6 +351,7 @@ def test_the_papers_textures_are_asked_for_before_anything_is_trained(root, fail
         (("--textures", "here"), "here is for diffusion_ad, not for deco_diff"),
         (("--only", "shoe"), "--only shoe"),
         (("--plan", "--budget", "1h"), "--plan counts the paper's recipe"),
+        (("--plan", "--image-size", "128"), "--plan counts the paper's recipe"),
     ],
 )
 def test_words_that_make_no_sense_are_refused(root, fails, tmp_path, more, said):
@@ -326,13 +373,15 @@ def test_a_folder_of_another_run_is_refused(root, fails, tmp_path, write):
     assert main(words("deco_diff", "mvtec", root, out, *more)) == 0
     for change, different in (
         (("--set", "shift=2"), "config.shift"),
-        (("--only", "bottle"), "config.classes, data, groups, test"),
+        (("--only", "bottle"), "config.classes, data.bottle, data.group 1, groups, test.bottle"),
         (("--seed", "3"), "training.seed"),
     ):
         said = fails(*words("deco_diff", "mvtec", root, out, *more, *change))
-        assert f"holds another run (different {different})" in said
+        assert f"holds another run (different {different}" in said
     write(root / "bottle/train/good/000.png", np.zeros((20, 24, 3), np.uint8))
-    assert "(different data)" in fails(*words("deco_diff", "mvtec", root, out, *more))
+    assert "(different data.group 1.images)" in fails(
+        *words("deco_diff", "mvtec", root, out, *more)
+    )
 
 
 def test_without_a_setting_it_is_said_what_is_needed(fails):

@@ -526,7 +526,7 @@ def test_reports_on_other_images_are_not_compared(weights, mvtec_root, tmp_path,
 def test_a_record_that_is_none_is_damage(weights, mvtec_root, fails, record):
     beside = weights.with_suffix(".json")
     beside.write_text(json.dumps(json.loads(beside.read_text()) | {"record": record}))
-    assert "its record is no object" in fails("evaluate", weights, mvtec_root)
+    assert "record: Input should be a valid dictionary" in fails("evaluate", weights, mvtec_root)
 
 
 @pytest.mark.parametrize("name", ["template", "PCA", "nearest"])

@@ -3,6 +3,7 @@
 Most tests train `Line`, two weights and a bias, so that a run takes milliseconds.
 """
 
+import math
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from diffad_ref import training
 from diffad_ref.checkpoints import read_tensors
 from diffad_ref.detector import Detector, Rate, Stage
 from diffad_ref.diffusion_ad import DiffusionAD
+from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.tools.memory import peak_memory
 from diffad_ref.training import STATE, fit, restore
 
@@ -416,8 +418,28 @@ def test_a_process_killed_without_warning_resumes_bit_for_bit(tmp_path, start):
 )
 def test_processes_meet_on_a_cpu_only_if_that_is_asked_for(monkeypatch, device, flag, cpu):
     monkeypatch.setenv("ACCELERATE_USE_CPU", flag)
-    monkeypatch.setattr(training, "PartialState", lambda cpu: cpu)
+
+    def state(cpu):
+        return cpu
+
+    state._reset_state = lambda: None
+    monkeypatch.setattr(training, "PartialState", state)
     assert training.meet(device) == cpu
+
+
+def test_a_device_that_was_asked_for_once_is_not_kept(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    assert [training.meet(d).device.type for d in ("cpu", None, "cpu")] == ["cpu", "cuda", "cpu"]
+    monkeypatch.undo()
+    training.meet("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="cannot train on cuda: "):
+        train(Line(), device="cuda")
 
 
 def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path):
@@ -547,6 +569,19 @@ def test_a_card_that_is_too_small_says_what_helps(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="2 images at a time do not fit into 16 GiB") as error:
         train(detector)
     assert "batch_size=1 with accumulate=2, checkpointing=True" in str(error.value)
+    with pytest.raises(ValueError, match="1 images at a time .*: try checkpointing=True"):
+        train(detector, batch_size=1)
+
+
+def test_a_card_that_is_too_small_for_the_optimisers_averages_says_so(monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * 2**30)
+    )
+    with pytest.raises(ValueError, match="2 images at a time do not fit into 16 GiB"):
+        train(Line(), on_optimizer=lambda optimizer: optimizer.register_step_pre_hook(full))
 
 
 def test_checkpointing_changes_nothing_but_what_is_kept(small_config):
@@ -575,14 +610,19 @@ def test_what_never_learns_is_in_no_checkpoint_and_is_loaded_again(tmp_path):
     assert again.eye.loaded == 1 and again.eye.weight.item() == 3.0
 
 
-def train_a_share(rank, folder):
-    """What one of two processes does that `torchrun --nproc_per_node 2` starts."""
+def join(rank, folder):
+    """Become one of two processes that `torchrun --nproc_per_node 2` starts."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+
+
+def train_a_share(rank, folder):
+    """What one of two processes does."""
+    join(rank, folder)
     detector = Line()
     history = train(detector, out=folder / "run", accumulate=2)
     found = [state(detector), detector.seen, history.column("loss")]
@@ -604,6 +644,63 @@ def test_two_processes_are_one_with_batches_twice_as_large(tmp_path, start):
     assert torch.allclose(first, state(one), atol=1e-6)
     assert [a + b for a, b in zip(seen, also_seen, strict=True)] == one.seen
     assert (tmp_path / "run" / STATE).exists()
+
+
+def diverge_in_one(rank, folder):
+    """A loss that is infinite in the second of two processes."""
+    join(rank, folder)
+    detector = Line()
+    real = detector.training_loss
+
+    def loss(batch, generator):
+        return {"loss": real(batch, generator)["loss"] * (math.inf if rank else 1)}
+
+    detector.training_loss = loss
+    try:
+        train(detector)
+    except ValueError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(tmp_path, start):
+    processes = [start(diverge_in_one, rank, tmp_path) for rank in (0, 1)]
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert all("the loss of step 0" in (tmp_path / f"{k}.txt").read_text() for k in (0, 1))
+
+
+def protect_a_share(rank, folder):
+    """A step in each process, of which nothing may go along the first coordinate."""
+    join(rank, folder)
+    detector = Line()
+    memory = GradientProjectionMemory(detector, lambda name, layer: name == "slope")
+    memory.bases = {"slope": torch.tensor([[1.0], [0.0]])}
+    before = detector.slope.weight.detach().clone()
+    train(detector, on_optimizer=memory.protect)
+    torch.save(detector.slope.weight.detach() - before, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_project_the_same_steps(tmp_path, start):
+    processes = [start(protect_a_share, rank, tmp_path) for rank in (0, 1)]
+    for process in processes:
+        process.join(60)
+        process.kill()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first, second)
+    assert first[0, 0].abs() < 1e-7 and first[0, 1].abs() > 1e-3
+
+
+@pytest.mark.parametrize("part", ["denoiser", "segmenter"])
+def test_weights_that_are_no_numbers_are_told_as_a_loss_that_is_none(small_config, part):
+    detector = diffusion_ad(small_config, 1)
+    with torch.no_grad():
+        next(getattr(detector, part).parameters()).fill_(math.nan)
+    detector.stages = detector.stages[-1:]
+    with pytest.raises(ValueError, match="the loss of step 0 in stage 'joint' is .*nan"):
+        train(detector, Pictures())
 
 
 def test_a_step_of_the_tiny_profile_in_which_all_learn_takes_less_than_a_gigabyte():

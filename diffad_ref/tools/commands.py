@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,12 +25,12 @@ from tyro.conf import Positional, arg, create_mutex_group
 import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
 from diffad_ref.checkpoints import (
-    check_writable,
     claimed,
     read_description,
     read_json,
     said,
     sweep,
+    try_writing,
     weights_path,
     write_text,
     write_whole,
@@ -174,12 +174,15 @@ class Continual(Command):
     every: Count | None = None  # gather every so-manyth image; else the method's
     later_rate: float = 1.0  # learning rate after task 1, as a share
     later_steps: Count | None = None  # steps of each task after task 1
+    textures: Path | None = None  # DiffusionAD: folder of foreign textures, such as dtd/images
     training: Training = Training()
     save: Path | None = None  # write results and command as JSON
 
     def run(self, command: str) -> None:
         tasks = ORDERS[self.order] if self.order else [task.split(",") for task in self.tasks]
         check_tasks(tasks)
+        if self.textures and self.model.method != "DiffusionAD":
+            raise ValueError(f"--textures is not for {self.model.method}")
         check_writable(self.save)
         folders = [self.out / f"task_{number + 1}" for number in range(len(tasks))]
         _keep([self.save], [self.out / "run.json", *folders])
@@ -188,6 +191,8 @@ class Continual(Command):
         names = ("protection", "gamma", "every", "later_rate", "later_steps")
         settings = {name: getattr(self, name) for name in names} | vars(self.training)
         detector = self.model.detector(config, sum(map(len, tasks)), self.training.seed)
+        if self.textures:
+            detector.textures = texture_bank(self.textures)
         root = options.root_of(self.data, config.image_size)
         with plan.what_fits(detector, self.training.precision):
             result = da.fit_continual(detector, root, tasks, self.out, **settings)
@@ -343,7 +348,7 @@ class Reproduce(Command):
     out: Path | None = None  # folder for checkpoints and table; by default under runs/
     plan: bool = False  # only say what it takes: models, steps, hours by card, disk
     only: Names = None  # only these categories
-    budget: str | None = None  # time for all training, such as 10min: shortens the recipe
+    budget: str | None = None  # time for all steps, such as 10min: shortens the recipe
     profile: Literal["tiny", "small", "paper"] = "paper"  # a smaller size than the paper's
     image_size: Count | None = None  # pixels, instead of the profile's
     set: Settings = ()
@@ -355,7 +360,8 @@ class Reproduce(Command):
         if self.paper and self.setting:
             settings.setting_of(self.paper, self.setting)  # or say which there are
         if self.plan:
-            if self.budget or self.set or self.profile != "paper":
+            own = ("paper", "setting", "only", "plan", "data", "out")
+            if replace(self, threads=None) != Reproduce(**{n: getattr(self, n) for n in own}):
                 raise ValueError("--plan counts the paper's recipe: besides it there is --only")
             wanted = [
                 key
@@ -404,6 +410,18 @@ class Predict(Command):
             found = own_images.maps_and_scores(detector, data, self.category, **way)
             rows = own_images.write_about(data, *found, places, table, sheet)
         self.show(rows, f"judged: {len(rows)}", table, sheet)
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuse, before the work, to begin what could not be written: OSError."""
+    real = [Path(os.path.realpath(path)) for path in paths if path is not None]
+    for path in real:
+        if path.is_dir() or path.exists() and not path.is_file():
+            kind = "folder" if path.is_dir() else "device"
+            raise OSError(f"cannot write {path}: it is a {kind}")
+        if real.count(path) > 1:
+            raise OSError(f"cannot write {path}: it would be two files at once")
+        try_writing(path.parent)
 
 
 def _keep(written: list[Path | None], kept: list[Path]) -> None:

@@ -19,6 +19,7 @@ from diffad_ref.checkpoints import read_metadata, read_tensors, write_tensors
 from diffad_ref.codecs import Codec, CodecConfig
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.networks import load_part
+from diffad_ref.training import processes
 
 
 class CachedLatents(Dataset):
@@ -64,9 +65,11 @@ class CachedLatents(Dataset):
                     f"{self.path} holds latents of other {' and '.join(stale)}; "
                     "delete it to compute them anew"
                 )
-        else:
+        elif processes()[1] == 0:
             posteriors = _posteriors(dataset, codec, batch_size, progress)
             write_tensors({"posterior": posteriors.contiguous()}, self.path, wanted)
+        if processes()[0] > 1:
+            torch.distributed.barrier()  # one of them has computed
         self.posteriors = read_tensors(self.path).get("posterior")
         if self.posteriors is None or len(self.posteriors) != len(dataset):
             raise ValueError(f"{self.path} holds no latents of {len(dataset)} images; delete it")

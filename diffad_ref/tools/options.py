@@ -99,12 +99,9 @@ def with_settings(detector: da.Detector, settings: tuple[str, ...], root: Path) 
     other = type(detector)(changed(detector.config, settings))
     other.categories, state = detector.categories, detector.state_dict()
     if isinstance(other, da.OneForMore) and other.config.features != detector.config.features:
-        images = None
-        if other.config.features == "patches":
-            good = other.folder(root, "train", categories=other.categories)
-            some = range(0, len(good), max(1, len(good) // 1000))
-            images = torch.stack([good[i]["image"] for i in some])
-        other.extractor.prepare(images)
+        learned = other.config.features == "patches"
+        names = {"categories": other.categories}
+        other.extractor.prepare(other.folder(root, "train", **names) if learned else None)
         own = {f"extractor.{k}": v for k, v in other.extractor.state_dict().items()}
         state = {k: v for k, v in state.items() if not k.startswith("extractor.")} | own
     load_weights(other, state, f"the file with --set {' '.join(settings)}")

@@ -23,7 +23,13 @@ from pandas import Timedelta
 
 import diffad_ref as da
 from diffad_ref.anomalies import texture_bank
-from diffad_ref.checkpoints import claimed, differences, read_description, read_json, write_text
+from diffad_ref.checkpoints import (
+    claimed,
+    read_description,
+    read_json,
+    refuse_another,
+    write_text,
+)
 from diffad_ref.continual import HARMLESS
 from diffad_ref.detector import Detector, precision_on
 from diffad_ref.metrics import METRICS
@@ -31,7 +37,7 @@ from diffad_ref.tools import tables
 from diffad_ref.tools.plan import what_fits
 from diffad_ref.tools.protocols import PROTOCOLS
 from diffad_ref.tools.records import device_name, megabytes, versions
-from diffad_ref.tools.settings import IMAGES, Setting, only, recipe, setting_of
+from diffad_ref.tools.settings import IMAGES, TESTED, Setting, only, recipe, setting_of
 from diffad_ref.training import STATE, meet, plan_stages, processes
 
 
@@ -54,13 +60,23 @@ def check_data(setting: Setting, root: Path) -> None:
         there = [name for name in wanted if name not in missing]
         way = f"--only {' '.join(there)} takes what is there" if there else "is it the right one?"
         raise ValueError(f"{root} lacks {', '.join(missing)} of {len(wanted)} categories; {way}")
-    data = da.AnomalyFolder(root, "train", categories=wanted, cache=False)
-    da.AnomalyFolder(root, "test", categories=wanted, cache=False)
-    counts = Counter(sample.category for sample in data.samples)
-    few = [f"{name} ({counts[name]} of {IMAGES[name]})" for name in wanted
-           if counts[name] < IMAGES.get(name, 0)]  # fmt: skip
-    if few:
-        raise ValueError(f"{root} lacks training images of {', '.join(few)}: lay it out in full")
+    train, test = (
+        da.AnomalyFolder(root, split, categories=wanted, cache=False).samples
+        for split in ("train", "test")
+    )
+    for samples, stated, what in ((train, IMAGES, "training"), (test, TESTED, "test")):
+        counts = Counter(sample.category for sample in samples)
+        few = [f"{name} ({counts[name]} of {stated[name]})" for name in wanted
+               if counts[name] < stated.get(name, 0)]  # fmt: skip
+        if few:
+            raise ValueError(f"{root} lacks {what} images of {', '.join(few)}: lay it out in full")
+    bare = Counter(s.category for s in test if s.label and s.mask_path is None)
+    if bare:
+        lost = ", ".join(f"{name} ({count})" for name, count in bare.items())
+        raise ValueError(f"{root} lacks masks of defective images of {lost}: lay it out in full")
+    there = {(sample.category, sample.label) for sample in test}
+    if lost := [name for name in wanted if not {(name, 0), (name, 1)} <= there]:
+        raise ValueError(f"good and defective test images are needed, also of {', '.join(lost)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +107,8 @@ class Experiment:
         setting = only(whole, self.only)
         check_data(setting, self.root)
         detector = self._detector(setting)
+        maps = torch.zeros(2, *[detector.config.image_size] * 2)
+        PROTOCOLS[self.paper].image_metrics(maps, None, [0, 1])  # or it would refuse in the end
         data = [detector.folder(self.root, "train", categories=g) for g in setting.groups]
         identity = self._identity(detector, setting, data)
         with claimed(self.out) if meet().is_main_process else nullcontext():
@@ -113,6 +131,7 @@ class Experiment:
             "minutes since the last start": round((time.time() - start) / 60, 1),
             "device": device_name(meet().device),
             "precision": precision_on(meet().device, self.training.get("precision", "auto")),
+            "start": _start_of(detector),
             "published": setting.source or "no numbers are known to us",
             "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
         }
@@ -152,17 +171,23 @@ class Experiment:
     def _identity(self, detector: Detector, setting: Setting, data: list) -> dict:
         """What a run in the same folder must have in common with this one."""
         training = {k: v for k, v in self.training.items() if k not in HARMLESS}
+        groups = setting.groups
+        names = [g[0] if len(g) == 1 else f"group {n + 1}" for n, g in enumerate(groups)]
+        tests = [detector.folder(self.root, "test", categories=g) for g in groups]
         return {
             **{"paper": self.paper, "setting": self.name, "profile": self.profile},
-            **{"groups": setting.groups, "budget": self.budget, "training": training},
+            **{"groups": groups, "budget": self.budget, "training": training},
             "config": asdict(detector.config),
-            "data": [d.fingerprint() for d in data],
-            "test": [
-                detector.folder(self.root, "test", categories=g).fingerprint()
-                for g in setting.groups
-            ],
+            "data": dict(zip(names, (d.fingerprint() for d in data), strict=True)),
+            "test": dict(zip(names, (d.fingerprint() for d in tests), strict=True)),
             **detector.identity(),
         }
+
+
+def _start_of(detector: Detector) -> str:
+    """What its networks know before the first step."""
+    start = getattr(detector, "started_from", None) or getattr(detector.config, "start", None)
+    return str(start or "from scratch")
 
 
 def shortened(stage: da.Stage, share: float) -> da.Stage:
@@ -177,14 +202,11 @@ def shortened(stage: da.Stage, share: float) -> da.Stage:
 
 def _share_of(path: Path, identity: dict, share) -> float:
     """Write down what a folder's run is, with the share of its recipe; or refuse another's."""
-    identity = json.loads(json.dumps(identity))  # as it looks after a round trip
     there = path.exists()
     meet().wait_for_everyone()  # before one of them writes it
     if there:
         before = read_json(path, identity=dict, share=float)
-        if different := differences(before["identity"], identity):
-            found = f"{path.parent} holds another run (different {', '.join(different)})"
-            raise ValueError(f"{found}; choose another folder, or delete it to start anew")
+        refuse_another(path.parent, before["identity"], identity)
         return before["share"]
     found = share()
     if meet().is_main_process:
@@ -221,15 +243,22 @@ def _share(detector: Detector, data: list, budget: str | None, training: dict) -
 
 def _seconds_a_step(detector: Detector, data, precision: str, stage: da.Stage) -> float:
     """What a step of a stage takes, once the first ones are made."""
-    few = (5, 25) if detector.device.type == "cuda" else (1, 4)
-    seconds = []
-    for steps in (1, *few):  # the first reads the images
-        trial = deepcopy(detector)
-        trial.stages, start = (stage,), time.perf_counter()
-        with what_fits(trial, precision):
-            da.fit(trial, data, steps, precision=precision, progress=False)
-        seconds.append(time.perf_counter() - start)
-    return max(1e-4, (seconds[2] - seconds[1]) / (few[1] - few[0]))
+    first, steps = (5, 25) if detector.device.type == "cuda" else (1, 4)
+    trial, stamps = deepcopy(detector), []
+    trial.stages = (stage,)
+
+    def stamp(*_) -> None:
+        if trial.device.type == "cuda":
+            torch.cuda.synchronize(trial.device)
+        stamps.append(time.perf_counter())
+
+    with what_fits(trial, precision):
+        da.fit(
+            *(trial, data, steps),
+            **{"precision": precision, "progress": False},
+            on_optimizer=lambda optimizer: optimizer.register_step_post_hook(stamp),
+        )
+    return (stamps[-1] - stamps[first - 1]) / (steps - first)
 
 
 def _apart(detector, setting, data, root, out, protocol, training) -> dict:

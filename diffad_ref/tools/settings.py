@@ -24,10 +24,13 @@ from diffad_ref.training import plan_stages
 
 PAPERS = {"diffusion_ad": da.DiffusionAD, "deco_diff": da.DecoDiff, "one_for_more": da.OneForMore}
 
-# Training images of each category; those of MPDD and DAGM are not stated.
+# Training and test images of each category; those of MPDD and DAGM are not stated.
 _OF_MVTEC = (209, 224, 219, 280, 264, 391, 245, 220, 267, 320, 230, 60, 213, 247, 240)
 _OF_VISA = (900, 542, 450, 453, 450, 900, 900, 904, 901, 905, 904, 450)
 IMAGES = dict(zip(MVTEC + VISA, _OF_MVTEC + _OF_VISA, strict=True))
+_OF_MVTEC = (83, 150, 132, 117, 78, 110, 124, 115, 167, 160, 117, 42, 100, 79, 151)
+_OF_VISA = (200, 160, 150, 150, 150, 200, 200, 200, 200, 201, 201, 150)
+TESTED = dict(zip(MVTEC + VISA, _OF_MVTEC + _OF_VISA, strict=True))
 MPDD = ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes")
 DAGM = tuple(f"Class{i}" for i in range(1, 11))
 
@@ -53,6 +56,7 @@ def _as_metrics(*values: float) -> dict[str, float]:
     return {name: value / 100 for name, value in zip(METRICS, values, strict=True)}
 
 
+_ON_MVTEC = {"pasting": Pasting(source="itself")}
 _ON_VISA = {"pasting": Pasting(share=2 / 3, source="class"), "stages_compared": (0, 2, 4)}
 _VISA_TASKS = {"changes": _ON_VISA, "most": 200}
 _README = "the README of the released code, for the weights that it provides"
@@ -61,7 +65,7 @@ SETTINGS = {
         each(MVTEC), {"image_auroc": 0.997, "pixel_ap": 0.761}, "secondary notes on the paper"
     ),
     ("diffusion_ad", "visa"): Setting(
-        each(VISA), {"image_auroc": 0.988, "pixel_auroc": 0.989}, "the paper's page"
+        each(VISA), {"image_auroc": 0.988, "pixel_auroc": 0.989}, "secondary notes on the paper"
     ),
     ("diffusion_ad", "mpdd"): Setting(each(MPDD)),
     ("diffusion_ad", "dagm"): Setting(each(DAGM)),
@@ -75,7 +79,9 @@ SETTINGS = {
         {"classes": len(VISA), "turned": 0.5},
     ),
     **{
-        ("one_for_more", name): Setting(tasks, **(_VISA_TASKS if name.startswith("visa") else {}))
+        ("one_for_more", name): Setting(
+            tasks, **(_VISA_TASKS if name.startswith("visa") else {"changes": _ON_MVTEC})
+        )
         for name, tasks in ORDERS.items()
         if name != "toy"
     },
@@ -167,17 +173,16 @@ def plan_table(
 
     `names` are categories, of a single setting, that count alone.
     """
-    costs = dict(zip(PAPERS, plan.recipe_plans(), strict=True))
-    found = []
-    for paper, name in wanted or SETTINGS:
-        setting, p = only(SETTINGS[paper, name], names), costs[paper]
-        row = {"paper": paper, "setting": name, "models": 1, "tasks": None}
+    parts_of = {key: only(SETTINGS[key], names) for key in wanted or SETTINGS}  # or refuse
+    costs, found = dict(zip(PAPERS, plan.recipe_plans(), strict=True)), []
+    for (paper, name), setting in parts_of.items():
+        p, groups = costs[paper], len(setting.groups)
+        row = {"paper": paper, "setting": name, "models": groups, "tasks": None}
         if paper == "one_for_more":
-            row["tasks"] = len(setting.groups)
-        else:
-            row["models"] = len(setting.groups)
+            row |= {"models": 1, "tasks": groups}
+        disk = {"disk, GB": _disk(p, groups) / plan.GB}
         if (counts := images_of(setting)) is None:
-            found.append(row)
+            found.append(row | disk)
             continue
         with torch.device("meta"):
             detector = recipe(paper, setting)
@@ -192,8 +197,7 @@ def plan_table(
             parts = [replace(q, protection=g) for q, g in zip(parts, gathered, strict=True)]
         row |= {"training images": sum(counts), "steps": sum(steps)}
         row |= {f"{gpu}, h": _hours(parts, gpu) for gpu in plan.GPUS}
-        row["disk, GB"] = _disk(p, len(parts)) / plan.GB
-        found.append(row)
+        found.append(row | disk)
     return tables.rows(found, percent=(), labels=2)
 
 
