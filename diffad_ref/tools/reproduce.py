@@ -186,8 +186,8 @@ class Experiment:
 
 def _start_of(detector: Detector) -> str:
     """What its networks know before the first step."""
-    start = getattr(detector, "started_from", None) or getattr(detector.config, "start", None)
-    return str(start or "from scratch")
+    name, *_ = getattr(detector, "started_from", None) or [None]  # a file, and its size
+    return name or getattr(detector.config, "start", None) or "from scratch"
 
 
 def shortened(stage: da.Stage, share: float) -> da.Stage:
