@@ -159,17 +159,21 @@ def _costs(reports: dict[str, Report], found: dict[str, dict]) -> str:
 
 
 def kinds_as_rows(reports: dict[str, Report], metric: str) -> tables.Shown:
-    """A row for each category and kind; of a method and its variants ("X, so") only the method."""
-    alone = {n: r for n, r in reports.items() if n.rpartition(", ")[0] not in reports}
-    shown = tables.compare_kinds(alone, metric)
+    """A row for each category and kind, a column for each method."""
+    shown = tables.compare_kinds(_alone(reports), metric)
     names = [", ".join(pair).replace("_", " ") for pair in shown.frame.index]
     frame = shown.frame.set_axis(Index(names, name="kind"))
     return tables.Shown(frame, shown.percent, shown.best)
 
 
+def _alone(reports: dict[str, Report]) -> dict[str, Report]:
+    """Of a method and its variants ("X, so") only the method."""
+    return {n: r for n, r in reports.items() if n.rpartition(", ")[0] not in reports}
+
+
 def categories_as_rows(reports: dict[str, Report], metric: str) -> tables.Shown:
     """A row for each category, a column for each method."""
-    frame = DataFrame({name: report.table[metric] for name, report in reports.items()})
+    frame = DataFrame({name: report.table[metric] for name, report in _alone(reports).items()})
     return tables.Shown(frame.drop(index="mean"), tuple(frame), best="row")
 
 
