@@ -58,6 +58,20 @@ def start():
 
 
 @pytest.fixture
+def both(start):
+    """Runs a function of a test's module, (rank, ...), in two processes, to the end."""
+
+    def run(work, *arguments):
+        processes = [start(work, rank, *arguments) for rank in (0, 1)]
+        for process in processes:
+            process.join(60)
+            process.kill()
+        assert [process.exitcode for process in processes] == [0, 0]
+
+    return run
+
+
+@pytest.fixture
 def write():
     """The function that saves an array as an image file."""
     return write_image

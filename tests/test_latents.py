@@ -244,10 +244,7 @@ def compute_a_share(rank, root, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_of_two_processes_one_computes_and_both_read(mvtec_root, tmp_path, start):
-    processes = [start(compute_a_share, rank, mvtec_root, tmp_path) for rank in (0, 1)]
-    for process in processes:
-        process.join(60)
-        process.kill()
+def test_of_two_processes_one_computes_and_both_read(mvtec_root, tmp_path, both):
+    both(compute_a_share, mvtec_root, tmp_path)
     left = sorted(path.name for path in tmp_path.glob("[01].*"))
     assert left == ["0.computed", "0.read", "1.read"]

@@ -630,11 +630,8 @@ def train_a_share(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one_with_batches_twice_as_large(tmp_path, start):
-    processes = [start(train_a_share, rank, tmp_path) for rank in (0, 1)]
-    for process in processes:
-        process.join(60)
-        process.kill()
+def test_two_processes_are_one_with_batches_twice_as_large(tmp_path, both):
+    both(train_a_share, tmp_path)
     (first, seen, _), (second, also_seen, _) = (
         torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
     )
@@ -663,11 +660,8 @@ def diverge_in_one(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_both(tmp_path, start):
-    processes = [start(diverge_in_one, rank, tmp_path) for rank in (0, 1)]
-    for process in processes:
-        process.join(60)
-        process.kill()
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(tmp_path, both):
+    both(diverge_in_one, tmp_path)
     assert all("the loss of step 0" in (tmp_path / f"{k}.txt").read_text() for k in (0, 1))
 
 
@@ -683,11 +677,8 @@ def protect_a_share(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_project_the_same_steps(tmp_path, start):
-    processes = [start(protect_a_share, rank, tmp_path) for rank in (0, 1)]
-    for process in processes:
-        process.join(60)
-        process.kill()
+def test_two_processes_project_the_same_steps(tmp_path, both):
+    both(protect_a_share, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(first, second)
     assert first[0, 0].abs() < 1e-7 and first[0, 1].abs() > 1e-3

@@ -28,9 +28,9 @@ PAPERS = {"diffusion_ad": da.DiffusionAD, "deco_diff": da.DecoDiff, "one_for_mor
 _OF_MVTEC = (209, 224, 219, 280, 264, 391, 245, 220, 267, 320, 230, 60, 213, 247, 240)
 _OF_VISA = (900, 542, 450, 453, 450, 900, 900, 904, 901, 905, 904, 450)
 IMAGES = dict(zip(MVTEC + VISA, _OF_MVTEC + _OF_VISA, strict=True))
-_OF_MVTEC = (83, 150, 132, 117, 78, 110, 124, 115, 167, 160, 117, 42, 100, 79, 151)
-_OF_VISA = (200, 160, 150, 150, 150, 200, 200, 200, 200, 201, 201, 150)
-TESTED = dict(zip(MVTEC + VISA, _OF_MVTEC + _OF_VISA, strict=True))
+_TESTS_OF_MVTEC = (83, 150, 132, 117, 78, 110, 124, 115, 167, 160, 117, 42, 100, 79, 151)
+_TESTS_OF_VISA = (200, 160, 150, 150, 150, 200, 200, 200, 200, 201, 201, 150)
+TESTED = dict(zip(MVTEC + VISA, _TESTS_OF_MVTEC + _TESTS_OF_VISA, strict=True))
 MPDD = ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes")
 DAGM = tuple(f"Class{i}" for i in range(1, 11))
 
