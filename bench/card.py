@@ -21,6 +21,7 @@ from diffad_ref import DecoDiff, DiffusionAD, OneForMore
 from diffad_ref.continual import gather
 from diffad_ref.detector import Detector, arithmetic
 from diffad_ref.gradient_projection import GradientProjectionMemory
+from diffad_ref.one_for_more import paste
 from diffad_ref.tools.memory import peak_memory
 from diffad_ref.training import fit
 
@@ -111,6 +112,7 @@ def _detector(case: Case, size: str, device: torch.device) -> Detector:
 def _plain(detector: Detector, case: Case, device, rounds: int) -> Iterator[Row]:
     yield from _steps(detector, case, PRECISIONS, device, rounds)
     yield from _predictions(detector, case, ("float32", "bf16"), device, rounds)
+    yield from _anomalies(detector, case, device, rounds)
     yield _fit(detector, case, device, rounds)
 
 
@@ -133,6 +135,20 @@ def _fit(detector: Detector, case: Case, device, rounds: int) -> Row:
     what, steps = f"{case.method.__name__}: a step of fit, batch {case.batch}, bf16", 2 * rounds
     found, bare = (long - short) / steps, (many - few) / steps
     return Row("card", what, found, "s", "bare loop", bare, 1 / 1.05)
+
+
+def _anomalies(detector: Detector, case: Case, device, rounds: int) -> Iterator[Row]:
+    """What makes synthetic anomalies in a training batch, for the methods that do."""
+    batch, generator = batch_for(detector, case.batch), torch.Generator(device).manual_seed(0)
+    if isinstance(detector, DiffusionAD):
+        call = partial(detector.with_anomalies, batch, generator)
+    elif isinstance(detector, OneForMore):
+        call = partial(paste, batch["image"], detector.config.pasting, generator)
+    else:
+        return
+    (seconds,) = best(call, rounds=rounds)
+    what = f"{case.method.__name__}: synthetic anomalies, batch {case.batch}"
+    yield Row("card", what, 1000 * seconds, "ms")
 
 
 def _repeat(step: Callable, count: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from bench import card, denoising, memory, metrics, steps, svd, synthesis
 from bench.table import Row, heading, to_markdown
 from diffad_ref.checkpoints import write_text
+from diffad_ref.tools.records import device_name, versions
 
 TOPICS: dict[str, Callable[[torch.device], list[Row]]] = {
     "metrics": metrics.rows,
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = f"{heading(device, options.threads)}\n\n{to_markdown(rows)}\n"
     write_text(text, TABLE)
     if options.json is not None:
-        write_text(json.dumps([row.to_dict() for row in rows], indent=1) + "\n", options.json)
+        record = {"device": device_name(device), "versions": versions()}
+        record["rows"] = [row.to_dict() for row in rows]
+        write_text(json.dumps(record, indent=1) + "\n", options.json)
     print(text)
 
 
@@ -52,7 +55,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for torch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write them there, too")
     return parser.parse_args(arguments)
 
 

@@ -306,19 +306,26 @@ def plan_tables() -> str:
 
 
 def _memory(plans: Sequence[plan.Plan]) -> tables.Shown:
-    """GB of a step with one image and with the recipe's batch, and what a large card holds."""
+    """GB of a step with one image and with the recipe's batch."""
     found = [
         {
-            "method": f"{_named(p.method)}, {precision}",
-            "one image": p.memory(1, precision),
+            "method": f"{_named(p.method)}, {way}",
+            "one image": p.memory(1, way),
             "recipe's batch": p.batch_size,
-            "with that batch": p.memory(None, precision),
-            "largest batch in 80 GB": p.largest_batch(78, precision),
+            "with that batch": p.memory(None, way),
         }
         for p in plans
-        for precision in plan.PRECISIONS
+        for way in p.peaks
     ]
     return tables.rows(found)
+
+
+def room_section() -> str:
+    """How many images a step of each method holds, by a card's memory and the way to compute."""
+    shown = plan.room_table(plan.paper_plans())
+    shown.frame.index = [f"{_named(method)}, {way}" for method, way in shown.frame.index]
+    shown.frame.index.name = "method"
+    return f"{shown}\n"
 
 
 def reproduce_tables(shown: tables.Shown) -> str:
@@ -332,34 +339,44 @@ def reproduce_tables(shown: tables.Shown) -> str:
     return "\n\n".join(found) + "\n"
 
 
-def card_tables(record: Path) -> str:
-    """What one card took at last, from its records: training steps, then predictions."""
-    now = json.loads(record.read_text())[-1]
-    steps, predictions = [], []
-    for row in now["steps"]:
-        fit = row.get("fit")
-        line = {"method": _named(row["method"]), "batch": row["batch"]}
-        names = {"float32": "float32", "TF32": "tf32", "bf16": "bf16"}
-        line |= {name: _step(row[kind]) for name, kind in names.items()}
-        steps.append(line | {"`fit` to a bare loop": f"{fit:.2f}" if fit else ""})
-    for row in now["predictions"]:
-        cells = {"float32": row["float32"], "bf16": row["bf16"]}
-        cells["bf16, compiled"] = row.get("compiled")
-        line = {"method": _named(row["method"]), "images at a time": row["batch"]}
-        predictions.append(line | {k: "" if v is None else f"{v:.0f} ms" for k, v in cells.items()})
-    where = f"{now['card']}, PyTorch {now['torch']}, {now['pixels']} pixels, random weights"
-    return (
-        f"Measured at commit {now['commit']} on one {where}. A training step:\n\n"
-        f"{markdown_table(steps, numbers=True)}\nA prediction, for each image:\n\n"
-        f"{markdown_table(predictions, numbers=True)}\n{now.get('note', '')}\n"
-    )
+STEP = re.compile(r"(\w+): training step, batch (\d+), (.+?)(: memory)?")
+PREDICTION = re.compile(r"(\w+): prediction of (\d+), (.+), an image")
+FIT = re.compile(r"(\w+): a step of fit, batch (\d+), bf16")
+
+
+def card_tables(path: Path) -> str:
+    """What one card took at last, from records of `bench.py`: steps, predictions, and the rest."""
+    now, steps, predictions, rest = json.loads(path.read_text())[-1], {}, {}, []
+
+    def line(table: dict, known: re.Match, size: str) -> dict:
+        method, count = known.group(1, 2)
+        return table.setdefault((method, count), {"method": _named(method), size: count})
+
+    for row in now["rows"]:
+        what, here = row["measured"], row["here"]
+        if known := STEP.fullmatch(what):
+            cells, how = line(steps, known, "batch"), known[3].replace("tf32", "TF32")
+            if known[4]:
+                cells[how] += f", {1e9 * here / plan.GB:.0f} GiB"
+            else:
+                cells[how] = "too large" if here is None else f"{here:.2f} s"
+        elif known := FIT.fullmatch(what):
+            line(steps, known, "batch")["`fit` to a bare loop"] = f"{1 / row['ratio']:.2f}"
+        elif known := PREDICTION.fullmatch(what):
+            cell = "too large" if here is None else f"{1000 * here:.0f} ms"
+            line(predictions, known, "images at a time")[known[3]] = cell
+        elif here is not None:
+            rest.append({"what": _named(what), "took": f"{here:.3g} {row['unit']}"})
+    where = f"{now['device']}, PyTorch {now['versions']['torch']}, 256 pixels, random weights"
+    parts = {
+        f"Measured at commit {now['commit']} on one {where}. A training step:": steps.values(),
+        "A prediction, for each image:": predictions.values(),
+        "What else was measured:": rest,
+    }
+    texts = [f"{title}\n\n{markdown_table(x, numbers=True)}" for title, x in parts.items() if x]
+    return "\n".join([*texts, now.get("note", ""), ""])
 
 
 def _named(method: str) -> str:
     """A method's name in the papers, for the name of its class."""
     return method.replace("DecoDiff", "DeCo-Diff").replace("OneForMore", "One-for-More")
-
-
-def _step(cell: dict | None) -> str:
-    words = "too large" if cell is None else f"{cell['seconds']:.2f} s"
-    return words + (f", {cell['GiB']:.0f} GiB" if cell and "GiB" in cell else "")

@@ -37,6 +37,7 @@ from generated import (
     plan_tables,
     reproduce_tables,
     result_tables,
+    room_section,
     status_section,
 )
 from house import house_page
@@ -162,6 +163,7 @@ def stage(notebooks: list[Path]) -> None:
     for name in ("mvtec_features", "toy_features"):
         (generated / f"{name}.md").write_text(mean_table(ROOT / "book" / "records" / name))
     (generated / "plan.md").write_text(plan_tables())
+    (generated / "room.md").write_text(room_section())
     (generated / "reproduce.md").write_text(reproduce_tables(plan_table()))
     mvtec = Path(os.environ.get("DIFFAD_MVTEC", ROOT / "data" / "mvtec_ad"))
     shown = map_pictures(mvtec, ROOT / "runs", generated / "mvtec_maps.png")

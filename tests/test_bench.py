@@ -1,19 +1,16 @@
 """The benchmark's table and its choice of topics; how long anything takes is asserted nowhere."""
 
-import sys
-from pathlib import Path
+import json
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmark is run from there
-
-from bench import card, denoising, memory, metrics, steps, svd, synthesis  # noqa: E402
-from bench.command import TOPICS, chosen, main  # noqa: E402
-from bench.maps import anomaly_maps  # noqa: E402
-from bench.table import Row, to_markdown  # noqa: E402
-from diffad_ref import DecoDiff, OneForMore  # noqa: E402
+from bench import card, denoising, memory, metrics, steps, svd, synthesis
+from bench.command import TOPICS, chosen, main
+from bench.maps import anomaly_maps
+from bench.table import Row, to_markdown
+from diffad_ref import DecoDiff, DiffusionAD, OneForMore
 
 CPU = torch.device("cpu")
 
@@ -61,7 +58,10 @@ def test_command_writes_the_table_and_its_rows_as_json(tmp_path, monkeypatch, ca
     text = (tmp_path / "build/bench.md").read_text()
     assert text.startswith(f"**torch {torch.__version__}, device cpu, {threads} threads, CPU ")
     assert "| svd | nothing | 1 s |" in text and text in capsys.readouterr().out
-    assert '"ratio": null' in (tmp_path / "rows.json").read_text()
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert record["device"] == f"CPU, {threads} threads"
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["rows"] == [Row("svd", "nothing", 1.0).to_dict()]
 
 
 def test_anomaly_maps_have_the_wanted_share_of_defects_and_higher_values_in_them():
@@ -150,3 +150,10 @@ def test_a_card_is_measured_at_every_precision_and_a_cpu_not_at_all(monkeypatch)
     assert all(f"batch 2, {kind}" in words for kind in card.PRECISIONS)
     assert "prediction of 1, bf16" in words and "gathering, an image" in words
     assert all(row.here > 0 for row in found) and "projected" in words
+
+
+@pytest.mark.parametrize("method", [DiffusionAD, DecoDiff, OneForMore])
+def test_making_anomalies_is_measured_for_methods_that_make_some(method):
+    case = card.Case(method, 2, 1.0, None, {})
+    found = list(card._anomalies(card._detector(case, "tiny", CPU), case, CPU, rounds=1))
+    assert len(found) == (method is not DecoDiff) and all(row.here > 0 for row in found)

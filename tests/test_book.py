@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import make
+from bench.table import Row
 from check_pages import problems
 from diffad_ref.metrics import METRICS
 from diffad_ref.tools import plan, tables
@@ -523,6 +524,23 @@ def test_what_a_card_took_is_shown_from_its_record():
     assert "| DiffusionAD" in text and "too large" in text
     assert "commit c50c077" in text and "0.44 s, 48 GiB" in text
     assert "compiled beside a training" in text
+
+
+def test_what_bench_writes_of_a_card_can_be_shown(tmp_path):
+    rows = [Row("card", "DecoDiff: training step, batch 2, tf32", 0.5)]
+    rows += [Row("card", "DecoDiff: training step, batch 2, tf32: memory", 2**31 / 1e9, "GB")]
+    rows += [Row("card", "DecoDiff: training step, batch 2, bf16, compiled", note="out of memory")]
+    rows += [Row("card", "DecoDiff: prediction of 1, bf16, an image", 0.25)]
+    rows += [Row("card", "DecoDiff: a step of fit, batch 2, bf16", 1.1, "s", "bare loop", 1.0)]
+    rows += [Row("card", "OneForMore: gathering, an image", 2.0)]
+    record = {"device": "card", "versions": {"torch": "2"}, "commit": "abc"}
+    record["rows"] = [row.to_dict() for row in rows]
+    (tmp_path / "card.json").write_text(json.dumps([record]))
+    text = card_tables(tmp_path / "card.json")
+    assert "| method | batch | TF32 | bf16, compiled | `fit` to a bare loop |" in text
+    assert "| DeCo-Diff | 2 | 0.50 s, 2 GiB | too large | 1.10 |" in text
+    assert "| DeCo-Diff | 1 | 250 ms |" in text
+    assert "| One-for-More: gathering, an image | 2 s |" in text
 
 
 def test_runs_and_variants_stand_in_tables_with_their_commands(tmp_path):

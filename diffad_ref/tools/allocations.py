@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -25,6 +26,7 @@ from diffad_ref.training import OPTIMIZERS
 
 ATEN, CPU = torch.ops.aten, torch.device("cpu")
 PRECISIONS = "float32", "bf16"
+LEAN = "bf16, checkpointing"
 BLOCK = 512  # bytes: PyTorch's allocator on a card hands out multiples
 
 
@@ -98,6 +100,8 @@ def training_step(detector: Detector, latents: bool) -> tuple[int, dict]:
         with FlopCounterMode(display=False) as counter:
             held(2, "float32")  # after this first step, Adam's averages are there
         peaks = {name: _peaks(held(2, name), held(4, name)) for name in PRECISIONS}
+        detector.enter(replace(stage, checkpointing=True))
+        peaks[LEAN] = _peaks(held(2, "bf16"), held(4, "bf16"))
     return counter.get_total_flops() // 2, peaks
 
 

@@ -328,6 +328,7 @@ class Plan(Command):
         found = {
             "size": plan.size_table(plans),
             "memory of a training step": plan.memory_table(plans, self.batch_sizes),
+            "the most images of a step, by a card's memory": plan.room_table(plans),
             f"the whole recipe at {reached} of the peak in 16 bit": plan.hours_table(plans, share),
         }
         for p in plans:

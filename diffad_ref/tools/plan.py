@@ -7,11 +7,12 @@ have. GB are 2³⁰ bytes, as on a card. Hours stand on measurements: nobody rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from pandas import DataFrame
@@ -23,20 +24,33 @@ from diffad_ref.detector import Detector, precision_on
 from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.gradient_projection import GradientProjectionMemory, square_of
 from diffad_ref.one_for_more import OneForMore
-from diffad_ref.tools.allocations import PRECISIONS, training_step
+from diffad_ref.tools.allocations import training_step
 from diffad_ref.tools.tables import Shown, rows
 
 GB = 2**30
-# Dense 16-bit matrix arithmetic in TFLOP/s, the same in float32, and memory in GB, as the maker
-# states them. A T4 has no bf16, and takes fp16.
-GPUS = {"T4": (65, 8.1, 16), "A100 80 GB": (312, 19.5, 80), "H100 SXM": (989, 67, 80)}
+
+
+class Peak(NamedTuple):
+    """Dense matrix arithmetic of a card, in TFLOP/s, as its maker states it."""
+
+    half: float  # 16 bits: bf16, or on a T4, which has no bf16, fp16
+    single: float  # float32
+    double: float  # float64
+
+
+GPUS = {
+    "T4": Peak(65, 8.1, 0.25),
+    "A100 80 GB": Peak(312, 19.5, 19.5),
+    "H100 SXM": Peak(989, 67, 67),
+}
+CARDS = (16, 24, 80)  # GB that many cards have
 # The share of the 16-bit peak that a bf16 training step reached on an H100, at the paper's size and
 # the recipe's batch: arithmetic over seconds (16 images in 0.441 s, 128 latents in 0.251 s, 12
 # images in 0.153 s; PyTorch 2.11, nothing compiled). Other cards are assumed to reach the same.
 SHARES = {"DiffusionAD": 0.133, "DecoDiff": 0.178, "OneForMore": 0.073}
 SAME = {"fp16": "bf16", "tf32": "float32"}  # in bytes
 CONTEXT = 1.0  # GB of a card that tensors do not get: of CUDA, and gaps between allocations
-MATRIX_SHARE = 0.5  # of the float32 peak, of products of large matrices: assumed, not measured
+MATRIX_SHARE = 0.5  # of the peak, of products of large matrices: assumed, not measured
 
 
 @dataclass(frozen=True)
@@ -51,8 +65,8 @@ class Plan:
         Arithmetic for one image: of a training step, forward and backward, and of a prediction.
         A multiplication and an addition are two.
     peaks : dict
-        For each of `allocations.PRECISIONS`, moments of a step at which memory can be highest:
-        bytes that are held in any case, and bytes an image.
+        For each of `allocations.PRECISIONS`, and for bf16 with checkpointing, moments of a step at
+        which memory can be highest: bytes that are held in any case, and bytes an image.
     steps, batch_size : int
         Of the whole recipe; of its last stage.
     images : int
@@ -96,24 +110,26 @@ class Plan:
         share = SHARES.get(self.method) if share is None else share
         if share is None or not 0 < share <= 1:
             raise ValueError(f"utilisation is a share in (0, 1], not {share}")
-        return self.step_flops * self.images / (GPUS[gpu][0] * 1e12 * share) / 3600
+        return self.step_flops * self.images / (GPUS[gpu].half * 1e12 * share) / 3600
 
     def protected_hours(self, gpu: str, share: float | None = None) -> float:
         """Of a task after the first: the recipe, every step projected, and then the gathering."""
-        projecting = self.protection.project_flops * self.steps / (_matrices(gpu) * 3600)
+        projecting = _matrix_hours(self.protection.project_flops * self.steps, GPUS[gpu].single)
         return self.hours(gpu, share) + projecting + self.gathering_hours(gpu, share)
 
     def gathering_hours(self, gpu: str, share: float | None = None) -> float:
         """Of what comes after any task: walks over its images, squares, eigenvectors."""
         cost = self.protection
         walks = cost.passes * cost.images * self.predict_flops / (self.step_flops * self.images)
-        matrices = cost.decompose_flops + cost.images * cost.square_flops
-        return self.hours(gpu, share) * walks + matrices / (_matrices(gpu) * 3600)
+        every = cost.decompose_flops + cost.images * cost.square_flops
+        double = cost.decompose_double + cost.images * cost.square_double
+        matrices = _matrix_hours(every - double, GPUS[gpu].single)
+        return self.hours(gpu, share) * walks + matrices + _matrix_hours(double, GPUS[gpu].double)
 
 
-def _matrices(gpu: str) -> float:
-    """Products of large matrices that a card gets done, in FLOP/s."""
-    return GPUS[gpu][1] * 1e12 * MATRIX_SHARE
+def _matrix_hours(flops: float, peak: float) -> float:
+    """Of products of large matrices, on a card with such a peak in TFLOP/s."""
+    return flops / (peak * 1e12 * MATRIX_SHARE * 3600)
 
 
 @dataclass(frozen=True)
@@ -130,6 +146,8 @@ class Protection:
         For one image, during all steps of the walk.
     decompose_flops, project_flops : int
         Once a task; in every training step, all bases half full.
+    square_double, decompose_double : int
+        What of the squares and decompositions is float64: that of all but the largest layers.
     square_bytes, basis_bytes : int
         Of the squares that are gathered at once, and of the bases.
     passes : int
@@ -145,6 +163,8 @@ class Protection:
     basis_bytes: int
     passes: int
     images: int = 339
+    square_double: int = 0
+    decompose_double: int = 0
 
 
 def protection(detector: Detector) -> Protection:
@@ -161,14 +181,21 @@ def protection(detector: Detector) -> Protection:
     with torch.no_grad():
         bill = {row["layer"]: row for row in memory_bill(memory.layers, look, 1)}
     groups, found = memory.groups(), bill.values()
+    double = [row for row in found if row["square"] == 8 * row["features"] ** 2]  # bytes
     return Protection(
-        sum(2 * row["features"] ** 2 * row["columns"] for row in found),
-        sum(9 * row["features"] ** 3 for row in found),
+        *_eigen_flops(found),
         sum(2 * row["flops"] for row in found),
         max(sum(bill[name]["square"] for name in group) for group in groups),
         sum(row["memory"] for row in found),
         len(groups),
+        **dict(zip(("square_double", "decompose_double"), _eigen_flops(double), strict=True)),
     )
+
+
+def _eigen_flops(layers: Collection[dict]) -> tuple[int, int]:
+    """Of the squares of one image, and of all eigenvectors, of layers of a bill."""
+    squares = sum(2 * row["features"] ** 2 * row["columns"] for row in layers)
+    return squares, sum(9 * row["features"] ** 3 for row in layers)
 
 
 def plan(detector: Detector, latents: bool = False, images: int = 209) -> Plan:
@@ -259,20 +286,30 @@ def size_table(plans: Sequence[Plan]) -> Shown:
 
 
 def memory_table(plans: Sequence[Plan], batches: tuple[int, ...] = (1, 4, 16)) -> Shown:
-    """GB of a training step by batch size and precision, one row a method and precision.
+    """GB of a training step by batch size, one row a method and way to compute.
 
-    Besides the batches that are asked for, each method has its recipe's, and the largest that a
-    card of 80 GB holds, of which it leaves 78 to tensors.
+    Besides the batches that are asked for, each method has its recipe's.
     """
     found, all_sizes = [], sorted({*batches, *(p.batch_size for p in plans)})
     for p in plans:
         sizes = {*batches, p.batch_size}
-        for precision in PRECISIONS:
-            memory = {
-                f"batch {n}, GB": p.memory(n, precision) if n in sizes else None for n in all_sizes
-            }
-            found.append({"method": p.method, "precision": precision} | memory)
-            found[-1]["largest batch in 80 GB"] = p.largest_batch(78, precision)
+        for way in p.peaks:
+            memory = {f"batch {n}, GB": p.memory(n, way) if n in sizes else None for n in all_sizes}
+            found.append({"method": p.method, "precision": way} | memory)
+    return Shown(DataFrame(found).set_index(["method", "precision"]))
+
+
+def room_table(plans: Sequence[Plan]) -> Shown:
+    """The most images of a training step on cards of several sizes, one row a method and way.
+
+    2 GB of a card are left to CUDA, to other programs, and to gaps between allocations.
+    """
+    found = [
+        {"method": p.method, "precision": way, "recipe's batch": p.batch_size}
+        | {f"{size} GB": p.largest_batch(size - 2, way) for size in CARDS}
+        for p in plans
+        for way in p.peaks
+    ]
     return Shown(DataFrame(found).set_index(["method", "precision"]))
 
 
