@@ -13,9 +13,11 @@ import torch
 from matplotlib import pyplot as plt
 
 import diffad_ref as da
+from diffad_ref.checkpoints import read_description
 from diffad_ref.tools.baselines import PCA, NearestFeatures, Template
 
 CATEGORIES = ("bottle", "transistor")
+NAMES = {"SegmentationOnly": "segmentation only", "DecoDiff": "DeCo-Diff"}
 SOURCE = (
     "Images: MVTec AD, P. Bergmann, M. Fauser, D. Sattlegger, C. Steger, CVPR 2019 and IJCV 129 "
     "(2021), resized, [CC BY-NC-SA 4.0](https://creativecommons.org/licenses/by-nc-sa/4.0/); so is "
@@ -23,8 +25,8 @@ SOURCE = (
 )
 ABSENT = (
     "The maps of all methods side by side are drawn where the data set is at hand: set "
-    "`DIFFAD_MVTEC` to its folder and build the book again. What `reproduce` has trained is then "
-    "in the picture, too.\n"
+    "`DIFFAD_MVTEC` to its folder and build the book again. Detectors that `runs` holds for both "
+    "categories is then in the picture, too.\n"
 )
 
 
@@ -33,11 +35,13 @@ def map_pictures(root: Path, runs: Path, path: Path) -> str:
     if not all((root / category).is_dir() for category in CATEGORIES):
         return ABSENT
     rows = [row for category in CATEGORIES for row in _rows(root, runs, category)]
-    columns = [name for name in rows[0] if all(name in row for row in rows)][2:]
+    columns = [name for name in rows[0] if all(name in row for row in rows)][3:]
     fig, axes = plt.subplots(len(rows), 1 + len(columns), squeeze=False)
     fig.set_size_inches(1.5 * (1 + len(columns)), 1.55 * len(rows))
     for row, line in zip(rows, axes, strict=True):
         line[0].imshow(row["image"])
+        if row["mask"].any():
+            line[0].contour(row["mask"], [0.5], colors="cyan", linewidths=0.8)
         line[0].set_ylabel(row["what"], fontsize=9)
         for name, axis in zip(columns, line[1:], strict=True):
             axis.imshow(row[name], "inferno", vmin=0, vmax=1)
@@ -49,7 +53,7 @@ def map_pictures(root: Path, runs: Path, path: Path) -> str:
     fig.savefig(path, dpi=110)
     plt.close(fig)
     words = "Maps of a good image, of the defect that *nearest* finds easiest, and of the hardest"
-    words += "; each method has one scale a category"
+    words += ". A thin line goes around a true defect. Each method has one scale a category"
     alt = words.replace("*", "")
     return f"```{{figure}} _generated/{path.name}\n:alt: {alt}.\n\n{words}. {SOURCE}\n```\n"
 
@@ -63,7 +67,11 @@ def _rows(root: Path, runs: Path, category: str) -> list[dict]:
     chosen = {"good": np.flatnonzero(images["label"] == 0)[0], "easy": order[-1], "hard": order[0]}
     shown = da.AnomalyFolder(root, "test", 128, [category])
     rows = [
-        {"what": f"{category}, {word}", "image": shown[i]["image"].permute(1, 2, 0)}
+        {
+            "what": f"{category}, {word}",
+            "image": shown[i]["image"].permute(1, 2, 0),
+            "mask": shown[i]["mask"].squeeze(0).numpy(),
+        }
         for word, i in chosen.items()
     ]
     for name, (judge, test) in judges.items():
@@ -81,10 +89,9 @@ def _judges(root: Path, runs: Path, category: str) -> dict:
     for name, kind in (("template", Template), ("PCA", PCA), ("nearest", NearestFeatures)):
         train, test = (da.AnomalyFolder(root, s, 256, [category]) for s in ("train", "test"))
         found[name] = kind().fit(train), test
-    for folder in sorted(runs.glob("*-mvtec")):  # where `reproduce` leaves them
-        for place in (category, "all"):
-            if (folder / place / "weights.safetensors").is_file():
-                detector = da.load(folder / place / "weights")
-                name = type(detector).__name__
-                found[name] = detector, detector.folder(root, "test", categories=[category])
+    for path in sorted(runs.rglob("weights.safetensors")):
+        if category in read_description(path)["categories"]:
+            detector = da.load(path)
+            name = NAMES.get(type(detector).__name__, type(detector).__name__)
+            found[name] = detector, detector.folder(root, "test", categories=[category])
     return found

@@ -10,10 +10,13 @@ import pytest
 import yaml
 
 import make
+import real_maps
 from bench.table import Row
 from check_pages import problems
+from diffad_ref.checkpoints import save
 from diffad_ref.metrics import METRICS
 from diffad_ref.tools import plan, tables
+from diffad_ref.tools.baselines import SegmentationOnly
 from generated import (
     card_tables,
     continual_runs,
@@ -377,6 +380,18 @@ def test_maps_of_real_images_are_drawn_only_where_there_are_images(tmp_path, mvt
     (mvtec_root / "carpet").rename(mvtec_root / "transistor")
     text = map_pictures(mvtec_root, tmp_path / "runs", path)
     assert path.is_file() and "CC BY-NC-SA 4.0" in text and "_generated/maps.png" in text
+
+
+def test_whatever_was_trained_on_a_category_is_in_the_picture_of_its_maps(tmp_path, mvtec_root):
+    trained = SegmentationOnly.tiny(image_size=32, built_in_textures=True)
+    trained.categories = ["bottle"]
+    save(trained, tmp_path / "runs" / "mvtec" / "one" / "weights")
+    trained.categories = ["gear"]
+    save(trained, tmp_path / "runs" / "toy" / "weights")
+    rivals = ["template", "PCA", "nearest"]
+    judges = real_maps._judges(mvtec_root, tmp_path / "runs", "bottle")
+    assert list(judges) == [*rivals, "segmentation only"]
+    assert list(real_maps._judges(mvtec_root, tmp_path / "runs", "carpet")) == rivals
 
 
 def test_variants_of_a_method_stand_with_their_intervals_in_the_order_of_their_files(tmp_path):
