@@ -19,7 +19,7 @@ from bench.table import Row
 from bench.timing import best, wait
 from diffad_ref import DecoDiff, DiffusionAD, OneForMore
 from diffad_ref.continual import gather
-from diffad_ref.detector import Detector, arithmetic
+from diffad_ref.detector import Detector, arithmetic, tf32_unless
 from diffad_ref.gradient_projection import GradientProjectionMemory
 from diffad_ref.one_for_more import paste
 from diffad_ref.tools.memory import peak_memory
@@ -195,10 +195,11 @@ def training_step(detector: Detector, batch: dict, precision: str, guard=None) -
 
     def step():
         detector.train()  # a `fit` in between ends in evaluation mode
-        with arithmetic(detector, precision):
-            loss = detector(batch, generator)["loss"]
-        loss.backward()
-        optimizer.step()
+        with tf32_unless(precision):
+            with arithmetic(detector, precision):
+                loss = detector(batch, generator)["loss"]
+            loss.backward()
+            optimizer.step()
         optimizer.zero_grad()
 
     return step

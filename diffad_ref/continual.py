@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from diffad_ref import checkpoints
 from diffad_ref.data import AnomalyFolder
-from diffad_ref.detector import Count, Detector, Natural, precision_on
+from diffad_ref.detector import Count, Detector, Natural, arithmetic, precision_on
 from diffad_ref.diffusion import seeded
 from diffad_ref.evaluation import evaluate
 from diffad_ref.gradient_projection import GradientProjectionMemory
@@ -270,6 +270,7 @@ def held_out_loss(detector: Detector, data: AnomalyFolder, seed: int = 0) -> flo
     losses, detector = [], detector.eval()
     for number, batch in enumerate(DataLoader(data, batch_size=16)):
         batch = send_to_device(batch, detector.device)
-        loss = detector(batch, seeded("cpu", seed, number))
+        with arithmetic(detector, "float32"):
+            loss = detector(batch, seeded("cpu", seed, number))
         losses += [loss["noise" if "noise" in loss else "loss"].item()] * len(batch["image"])
     return fmean(losses)

@@ -66,21 +66,28 @@ def precision_on(device: torch.device, wanted: str = "auto") -> str:
 
 
 @contextmanager
-def arithmetic(detector: Detector, precision: str):
-    """Networks compute at this precision; all but float32 allow TF32, with 10 bits of mantissa."""
+def tf32_unless(precision: str):
+    """Products of float32 may be rounded to TF32's 10 bits of mantissa, but not in "float32"."""
     settings = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [s.allow_tf32 for s in settings]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    if dtype is not None:
-        lean(detector)
     try:
         for s in settings:
             s.allow_tf32 = precision != "float32"
-        with torch.autocast(detector.device.type, dtype) if dtype else nullcontext():
-            yield
+        yield
     finally:
         for s, value in zip(settings, before, strict=True):
             s.allow_tf32 = value
+
+
+@contextmanager
+def arithmetic(detector: Detector, precision: str):
+    """Networks compute at this precision: 16 bits by autocast, or as `tf32_unless` says."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if dtype is not None:
+        lean(detector)
+    autocast = torch.autocast(detector.device.type, dtype) if dtype else nullcontext()
+    with tf32_unless(precision), autocast:
+        yield
 
 
 @dataclass

@@ -417,6 +417,23 @@ def test_a_projected_step_moves_nothing_in_the_span_whatever_made_it(rank):
     assert (moved.norm() > 1e-2 * start.norm()) == (rank < 64)
 
 
+def as_tf32(x):
+    """A float32 tensor rounded to TF32: 10 bits of mantissa."""
+    return ((x.view(torch.int32) + 2**12) & ~(2**13 - 1)).view(torch.float32)
+
+
+@pytest.mark.parametrize("rank", [40, 160])
+def test_a_step_that_is_projected_in_tf32_keeps_little_of_what_it_should_lose(rank):
+    torch.manual_seed(0)
+    memory, step = torch.linalg.qr(torch.randn(200, rank)).Q, torch.randn(50, 200)
+    free = 2 * rank > len(memory)
+    basis = as_tf32(complement(memory) if free else memory)
+    products = as_tf32(as_tf32(step) @ basis) @ basis.T
+    left = (products if free else step - products) @ memory
+    kept = left.norm() / (step @ memory).norm()
+    assert 1e-5 < kept < 4.5e-4
+
+
 def test_bases_follow_a_network_that_moves_after_it_is_protected():
     """To the meta device here; a basis elsewhere would not multiply."""
     network, memory = recorded()

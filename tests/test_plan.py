@@ -155,10 +155,12 @@ def test_hours_are_arithmetic_over_what_a_gpu_gets_done():
 
 def test_a_protected_task_takes_its_matrices_and_its_walks_besides():
     found = replace(HAND, protection=COST)
-    plain, peak = found.hours("T4", 0.5), GPUS["T4"].single * 1e12 * MATRIX_SHARE
+    gpu = "H100 SXM"
+    plain, peaks = found.hours(gpu, 0.5), GPUS[gpu]
     walks = plain * (3 * 100 * 10**12) / (720_000 * 2 * 10**12)
-    matrices = (100 * 1e12 + 3e12 + 90_000 * 4e12) / peak / 3600
-    assert found.protected_hours("T4", 0.5) == pytest.approx(plain + walks + matrices)
+    matrices = (100 * 1e12 + 3e12) / peaks.single + 90_000 * 4e12 / peaks.tf32
+    matrices /= 1e12 * MATRIX_SHARE * 3600
+    assert found.protected_hours(gpu, 0.5) == pytest.approx(plain + walks + matrices)
 
 
 def test_what_is_float64_takes_the_time_of_float64():

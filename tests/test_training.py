@@ -584,6 +584,28 @@ def test_a_card_that_is_too_small_for_the_optimisers_averages_says_so(monkeypatc
         train(Line(), on_optimizer=lambda optimizer: optimizer.register_step_pre_hook(full))
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_a_whole_step_may_use_tf32_and_nothing_else_may(precision):
+    """The backward pass and the projection of a step are products of matrices, too."""
+    settings, seen = (torch.backends.cuda.matmul, torch.backends.cudnn), []
+    before, detector = [s.allow_tf32 for s in settings], Line()
+    plain = detector.training_loss
+
+    def note(*_):
+        seen.append([s.allow_tf32 for s in settings])
+
+    def loss(batch, generator):
+        losses = plain(batch, generator)
+        losses["loss"].register_hook(note)
+        return losses
+
+    detector.training_loss = loss
+    hooks = {"on_optimizer": lambda optimizer: optimizer.register_step_pre_hook(note)}
+    train(detector, steps=1, precision=precision, **hooks)
+    assert seen == [[precision != "float32"] * 2] * 2
+    assert [s.allow_tf32 for s in settings] == before
+
+
 def test_checkpointing_changes_nothing_but_what_is_kept(small_config):
     plain, lean = (diffusion_ad(small_config, 2) for _ in range(2))
     rows = [train(d, Pictures(), checkpointing=c).rows for d, c in ((plain, False), (lean, True))]

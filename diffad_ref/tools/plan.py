@@ -34,14 +34,15 @@ class Peak(NamedTuple):
     """Dense matrix arithmetic of a card, in TFLOP/s, as its maker states it."""
 
     half: float  # 16 bits: bf16, or on a T4, which has no bf16, fp16
+    tf32: float  # on a T4, which has none, float32
     single: float  # float32
     double: float  # float64
 
 
 GPUS = {
-    "T4": Peak(65, 8.1, 0.25),
-    "A100 80 GB": Peak(312, 19.5, 19.5),
-    "H100 SXM": Peak(989, 67, 67),
+    "T4": Peak(65, 8.1, 8.1, 0.25),
+    "A100 80 GB": Peak(312, 156, 19.5, 19.5),
+    "H100 SXM": Peak(989, 494, 67, 67),
 }
 CARDS = (16, 24, 80)  # GB that many cards have
 # The share of the 16-bit peak that a bf16 training step reached on an H100, at the paper's size and
@@ -114,7 +115,7 @@ class Plan:
 
     def protected_hours(self, gpu: str, share: float | None = None) -> float:
         """Of a task after the first: the recipe, every step projected, and then the gathering."""
-        projecting = _matrix_hours(self.protection.project_flops * self.steps, GPUS[gpu].single)
+        projecting = _matrix_hours(self.protection.project_flops * self.steps, GPUS[gpu].tf32)
         return self.hours(gpu, share) + projecting + self.gathering_hours(gpu, share)
 
     def gathering_hours(self, gpu: str, share: float | None = None) -> float:
