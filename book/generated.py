@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from pandas import DataFrame, Index
 
@@ -260,9 +261,24 @@ def continual_runs(records: Path) -> str:
     """Runs of several tasks in a row, from what `continual --save` wrote; names sort them."""
     found = {p.stem.partition("-")[2]: json.loads(p.read_text()) for p in sorted(records.glob("*"))}
     runs = {name.replace("_", " "): Continual(**run["continual"]) for name, run in found.items()}
-    return (
-        f"{of_tasks(runs)}\n{made_by(line for run in found.values() for line in run['commands'])}"
-    )
+    commands = made_by(line for run in found.values() for line in run["commands"])
+    return f"{of_tasks(runs)}\n{at_the_end(runs)}\n{commands}"
+
+
+def at_the_end(runs: dict[str, Continual]) -> str:
+    """What is known after the last task of the first task's products, and of all later ones."""
+    first = next(run.tasks[0] for run in runs.values() if len(run.tasks) > 1)
+    found = []
+    for name, run in runs.items():
+        rows = [row for row in run.rows if row["task"] == len(run.tasks) - 1]
+        line = {"training": name}
+        for metric in ("image_auroc", "pixel_ap"):
+            for which in ("first", "later"):
+                chosen = [r[metric] for r in rows if (r["category"] in first) == (which == "first")]
+                line[f"{tables.HEADERS[metric]}, {which}"] = fmean(chosen)
+        found.append(line)
+    shown = tables.rows(found, percent=tuple(found[0])[1:])
+    return f"At the end, products of the first task beside those of all later tasks:\n\n{shown}\n"
 
 
 def of_tasks(runs: dict[str, Continual]) -> str:

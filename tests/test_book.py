@@ -559,14 +559,18 @@ def test_what_bench_writes_of_a_card_can_be_shown(tmp_path):
 
 
 def test_runs_and_variants_stand_in_tables_with_their_commands(tmp_path):
-    rows = [{"task": 0, "category": "gear", "image_auroc": 0.5, "pixel_ap": 0.25, "loss": 1.0}]
-    run = {"tasks": [["gear"]], "rows": rows, "taken": [{}]}
+    rows = [
+        {"task": k, "category": c, "image_auroc": v, "pixel_ap": v / 2, "loss": 1.0}
+        for k, c, v in ((0, "gear", 0.9), (1, "gear", 0.7), (1, "board", 0.8))
+    ]
+    run = {"tasks": [["gear"], ["board"]], "rows": rows, "taken": [{}, {}]}
     (tmp_path / "runs").mkdir()
     for name in ("2-second_one", "1-first"):
         record = {"commands": [f"continual {name}"], "continual": run}
         (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(record))
     text = continual_runs(tmp_path / "runs")
     assert text.index("| first") < text.index("| second one") < text.index("continual 1-first")
+    assert "| first | 70.0 | 80.0 | 35.0 | 40.0 |" in re.sub(" +", " ", text)
     save_record(tmp_path / "means" / "a_b.json", {"gear": 0.5}, commands=["evaluate"])
     text = re.sub(" +", " ", mean_table(tmp_path / "means"))
     assert "| a b | 50.0 | 50.0 |" in text and "evaluate\n```" in text
