@@ -158,7 +158,7 @@ def stage(notebooks: list[Path]) -> None:
     (generated / "deco_diff_ablations.md").write_text(ablations)
     continual = ROOT / "diffad_ref" / "weights" / "one_for_more_toy_3.json"
     (generated / "continual.md").write_text(continual_table(continual, "update|gamma"))
-    for name in ("mvtec_continual", "toy_continual", "toy_wide"):
+    for name in ("mvtec_continual", "toy_continual", "toy_wide_continual"):
         (generated / f"{name}.md").write_text(continual_runs(ROOT / "book" / "records" / name))
     for name in ("mvtec_features", "toy_features"):
         (generated / f"{name}.md").write_text(mean_table(ROOT / "book" / "records" / name))
