@@ -308,7 +308,7 @@ def plan_tables() -> str:
     plans = plan.paper_plans()
     sizes, hours = plan.size_table(plans), plan.hours_table(plans)
     for shown in (sizes, hours):
-        shown.frame.index = shown.frame.index.map(_named)
+        shown.frame.index = shown.frame.index.map(named)
     sizes.frame.columns = [column.replace(" a ", " per ") for column in sizes.frame]
     parts = {
         "Size and arithmetic (M: millions; TFLOP: 10¹² operations):": sizes,
@@ -325,7 +325,7 @@ def _memory(plans: Sequence[plan.Plan]) -> tables.Shown:
     """GB of a step with one image and with the recipe's batch."""
     found = [
         {
-            "method": f"{_named(p.method)}, {way}",
+            "method": f"{named(p.method)}, {way}",
             "one image": p.memory(1, way),
             "recipe's batch": p.batch_size,
             "with that batch": p.memory(None, way),
@@ -339,7 +339,7 @@ def _memory(plans: Sequence[plan.Plan]) -> tables.Shown:
 def room_section() -> str:
     """How many images a step of each method holds, by a card's memory and the way to compute."""
     shown = plan.room_table(plan.paper_plans())
-    shown.frame.index = [f"{_named(method)}, {way}" for method, way in shown.frame.index]
+    shown.frame.index = [f"{named(method)}, {way}" for method, way in shown.frame.index]
     shown.frame.index.name = "method"
     return f"{shown}\n"
 
@@ -366,7 +366,7 @@ def card_tables(path: Path) -> str:
 
     def line(table: dict, known: re.Match, size: str) -> dict:
         method, count = known.group(1, 2)
-        return table.setdefault((method, count), {"method": _named(method), size: count})
+        return table.setdefault((method, count), {"method": named(method), size: count})
 
     for row in now["rows"]:
         what, here = row["measured"], row["here"]
@@ -382,7 +382,7 @@ def card_tables(path: Path) -> str:
             cell = "too large" if here is None else f"{1000 * here:.0f} ms"
             line(predictions, known, "images at a time")[known[3]] = cell
         elif here is not None:
-            rest.append({"what": _named(what), "took": f"{here:.3g} {row['unit']}"})
+            rest.append({"what": named(what), "took": f"{here:.3g} {row['unit']}"})
     where = f"{now['device']}, PyTorch {now['versions']['torch']}, 256 pixels, random weights"
     parts = {
         f"Measured at commit {now['commit']} on one {where}. A training step:": steps.values(),
@@ -393,6 +393,9 @@ def card_tables(path: Path) -> str:
     return "\n".join([*texts, now.get("note", ""), ""])
 
 
-def _named(method: str) -> str:
+def named(method: str) -> str:
     """A method's name in the papers, for the name of its class."""
-    return method.replace("DecoDiff", "DeCo-Diff").replace("OneForMore", "One-for-More")
+    names = {"DecoDiff": "DeCo-Diff", "OneForMore": "One-for-More"}
+    for found, name in (names | {"SegmentationOnly": "segmentation only"}).items():
+        method = method.replace(found, name)
+    return method

@@ -15,9 +15,9 @@ from matplotlib import pyplot as plt
 import diffad_ref as da
 from diffad_ref.checkpoints import read_description
 from diffad_ref.tools.baselines import PCA, NearestFeatures, Template
+from generated import named
 
 CATEGORIES = ("bottle", "transistor")
-NAMES = {"SegmentationOnly": "segmentation only", "DecoDiff": "DeCo-Diff"}
 SOURCE = (
     "Images: MVTec AD, P. Bergmann, M. Fauser, D. Sattlegger, C. Steger, CVPR 2019 and IJCV 129 "
     "(2021), resized, [CC BY-NC-SA 4.0](https://creativecommons.org/licenses/by-nc-sa/4.0/); so is "
@@ -92,6 +92,6 @@ def _judges(root: Path, runs: Path, category: str) -> dict:
     for path in sorted(runs.rglob("weights.safetensors")):
         if category in read_description(path)["categories"]:
             detector = da.load(path)
-            name = NAMES.get(type(detector).__name__, type(detector).__name__)
-            found[name] = detector, detector.folder(root, "test", categories=[category])
+            test = detector.folder(root, "test", categories=[category])
+            found[named(type(detector).__name__)] = detector, test
     return found
