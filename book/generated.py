@@ -13,6 +13,7 @@ from pandas import DataFrame, Index
 from diffad_ref.continual import Continual
 from diffad_ref.evaluation import Report
 from diffad_ref.tools import plan, tables
+from diffad_ref.tools.protection import protection_table
 
 
 def markdown_table(rows: Sequence[dict], numbers: bool = False) -> str:
@@ -314,7 +315,7 @@ def plan_tables() -> str:
         "Size and arithmetic (M: millions; TFLOP: 10¹² operations):": sizes,
         "Memory of a training step, in GB:": _memory(plans),
         "Hours of the whole recipe, at the measured shares of a GPU's peak:": hours,
-        "What the protection of old tasks adds in One-for-More:": plan.protection_table(
+        "What the protection of old tasks adds in One-for-More:": protection_table(
             plans[-1].protection
         ),
     }

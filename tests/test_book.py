@@ -17,6 +17,7 @@ from diffad_ref.checkpoints import save
 from diffad_ref.metrics import METRICS
 from diffad_ref.tools import plan, tables
 from diffad_ref.tools.baselines import SegmentationOnly
+from diffad_ref.tools.protection import Protection
 from generated import (
     card_tables,
     continual_runs,
@@ -431,7 +432,7 @@ def test_the_weights_of_a_run_are_judged_again_beside_it():
 
 def test_the_page_of_costs_tells_size_memory_and_hours_of_each_method(monkeypatch):
     peaks = {"float32": ((2**30, 2**30),), "bf16": ((2**30, 2**29),)}
-    cost = plan.Protection(10**12, 10**12, 10**12, 2**30, 2**30, 3)
+    cost = Protection(10**12, 10**12, 10**12, 2**30, 2**30, 3)
     sizes = 10**6, 10**6, 10**12, 10**12, peaks, 10**6, 10**5, 16, cost
     monkeypatch.setattr(plan, "paper_plans", lambda: [plan.Plan("OneForMore", *sizes)])
     text = plan_tables()

@@ -8,17 +8,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffad_ref.detector
 from diffad_ref.deco_diff import DecoDiff
 from diffad_ref.diffusion_ad import DiffusionAD
-from diffad_ref.gradient_projection import (
-    GradientProjectionMemory,
-    project,
-    representation,
-    square_of,
-)
 from diffad_ref.one_for_more import OneForMore
 from diffad_ref.tools import plan as planning
 from diffad_ref.tools.allocations import LEAN
@@ -29,10 +22,9 @@ from diffad_ref.tools.plan import (
     MATRIX_SHARE,
     SHARES,
     Plan,
-    Protection,
     plan,
-    protection,
 )
+from diffad_ref.tools.protection import Protection
 
 # Measured on one H100 80 GB, with PyTorch 2.11 and random weights; DeCo-Diff on latents. Memory is
 # torch.cuda.max_memory_allocated; none: did not fit into 78 GiB. In the first record normalisations
@@ -170,32 +162,6 @@ def test_what_is_float64_takes_the_time_of_float64():
     assert slow - plain == pytest.approx(double / GPUS["T4"].double - double / GPUS["T4"].single)
 
 
-def test_protection_is_counted_layer_by_layer():
-    with torch.device("meta"):
-        detector = OneForMore.tiny(image_size=32, width=8, window=(3, 3), condition_layers=1)
-    found, squares, weights = protection(detector), [], 0
-    for layer in GradientProjectionMemory(detector).layers.values():
-        features = layer.weight[0].numel()
-        squares.append(features**2)
-        weights += layer.weight.numel() * (features // 2)
-    assert found.square_bytes == 8 * sum(squares) and found.passes == 1
-    assert found.decompose_flops == pytest.approx(9 * sum(n**1.5 for n in squares))
-    assert found.project_flops == 2 * 4 * weights
-    assert found.square_double == found.square_flops  # no layer here is large
-    assert found.decompose_double == found.decompose_flops
-
-
-def test_large_layers_are_not_float64(monkeypatch):
-    with torch.device("meta"):
-        detector = OneForMore.tiny(image_size=32, width=8, window=(3, 3), condition_layers=1)
-    monkeypatch.setattr(diffad_ref.gradient_projection, "LARGE", 100)
-    layers = GradientProjectionMemory(detector).layers.values()
-    double = [x.weight[0].numel() for x in layers if square_of(x, "meta").dtype is torch.float64]
-    found = protection(detector)
-    assert found.decompose_double == sum(9 * n**3 for n in double)
-    assert 0 < found.square_double < found.square_flops
-
-
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, None])
 def test_utilisation_is_a_share_and_must_be_given_for_an_unknown_method(share):
     with pytest.raises(ValueError, match="utilisation is a share"):
@@ -231,23 +197,3 @@ def test_command_prints_the_tables(monkeypatch, capsys):
     assert "50% of the peak" in printed and "batch 2, GB" in printed
     assert "hand, protected" in printed and "squares of 100 images, in 3 passes" in printed
     assert main(["plan", "--utilisation", "2"]) == 2
-
-
-# -------------------------------------------------------------------- gradient projection memory
-
-
-def test_the_memory_bill_counts_the_columns_that_representations_have():
-    network = nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1), nn.Flatten(), nn.Linear(64, 5))
-    layers, x = GradientProjectionMemory(network).layers, torch.zeros(1, 2, 8, 8)
-    found = planning.memory_bill(layers, lambda: network(x), images=10)
-    bill = {row["layer"]: row for row in found}
-    assert bill["0"]["columns"] == representation(network[0], x).shape[1] == 16
-    assert bill["0"]["plain"] == 18 * 16 * 10 * 4
-    assert bill["0"]["iterative"] == 18 * (16 + 18) * 4
-    assert bill["2"]["features"] == 64 and bill["2"]["columns"] == 1
-    assert bill["2"]["square"] == 64 * 64 * 8 and bill["2"]["memory"] == 64 * 32 * 4
-    for name, layer in layers.items():
-        step, half = layer.weight.detach(), bill[name]["features"] // 2
-        with FlopCounterMode(display=False) as counted:
-            project(step, torch.zeros(bill[name]["features"], half))
-        assert bill[name]["flops"] == counted.get_total_flops()

@@ -22,6 +22,7 @@ from diffad_ref.__main__ import main
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.evaluation import evaluate
 from diffad_ref.tools import plan, reproduce
+from diffad_ref.tools.protection import Protection
 from diffad_ref.tools.protocols import MVTEC, ORDERS, PROTOCOLS, VISA, pro_curve_deco_diff
 from diffad_ref.tools.settings import (
     IMAGES,
@@ -117,7 +118,7 @@ def test_a_part_keeps_the_order_of_the_setting_and_its_tasks():
 
 
 def test_the_plan_adds_up_what_each_model_takes(monkeypatch):
-    cost = plan.Protection(10**9, 10**9, 10**9, 2**30, 2**30, 1)
+    cost = Protection(10**9, 10**9, 10**9, 2**30, 2**30, 1)
     hand = plan.Plan("DiffusionAD", 10**9, 10**9, 10**12, 10**11, {}, 1, 1, 8, cost)
     bare = replace(hand, protection=None)
     monkeypatch.setattr(plan, "recipe_plans", lambda: (bare, bare, replace(hand)))

@@ -27,6 +27,7 @@ from diffad_ref.training import OPTIMIZERS
 ATEN, CPU = torch.ops.aten, torch.device("cpu")
 PRECISIONS = "float32", "bf16"
 LEAN = "bf16, checkpointing"
+GB = 2**30  # bytes, as on a card
 BLOCK = 512  # bytes: PyTorch's allocator on a card hands out multiples
 
 

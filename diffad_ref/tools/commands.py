@@ -53,6 +53,7 @@ from diffad_ref.tools.options import (
     Weights,
 )
 from diffad_ref.tools.photographs import Photographs
+from diffad_ref.tools.protection import protection_table
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
 from diffad_ref.tools.records import add_to_record, megabytes, versions
 from diffad_ref.training import meet
@@ -334,7 +335,7 @@ class Plan(Command):
         for p in plans:
             if p.protection:
                 title = f"protecting old tasks in {p.method}"
-                found[title] = plan.protection_table(p.protection)
+                found[title] = protection_table(p.protection)
         text = "\n\n".join(f"{title}\n\n{table}" for title, table in found.items())
         self.show({title: _rows(table) for title, table in found.items()}, text)
 
