@@ -25,7 +25,7 @@ SOURCE = (
 )
 ABSENT = (
     "The maps of all methods side by side are drawn where the data set is at hand: set "
-    "`DIFFAD_MVTEC` to its folder and build the book again. Detectors that `runs` holds for both "
+    "`DIFFAD_MVTEC` to its folder and build the book again. A detector that `runs` holds for both "
     "categories is then in the picture, too.\n"
 )
 

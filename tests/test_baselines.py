@@ -163,7 +163,7 @@ def test_input_that_does_not_fit_is_named(make, images, index, words):
 def alone(small_config):
     """The ablation, made small, with a few textures."""
     torch.manual_seed(0)
-    detector = SegmentationOnly(without_denoiser(small_config))
+    detector = SegmentationOnly(small_config)
     detector.textures = (255 * torch.rand(4, 3, 64, 64)).to(torch.uint8)
     return detector
 

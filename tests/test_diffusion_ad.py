@@ -18,7 +18,7 @@ from diffad_ref.diffusion_ad import (
     noise_to_norm,
     top_k_mean,
 )
-from diffad_ref.tools.baselines import SegmentationOnly, without_denoiser
+from diffad_ref.tools.baselines import SegmentationOnly
 
 SCHEDULE = Schedule.named("linear", 1000)
 ALL_ANOMALOUS = Synthesis(p_normal=0.0, max_exponent=2, threshold=0.3)
@@ -330,7 +330,7 @@ def test_mean_of_more_pixels_than_there_are_is_that_of_all_and_of_none_is_refuse
 
 def test_ablation_compares_with_zeros_and_has_no_denoiser(small_config):
     torch.manual_seed(0)
-    detector = SegmentationOnly(without_denoiser(small_config))
+    detector = SegmentationOnly(small_config)
     assert {name.split(".")[0] for name, _ in detector.named_parameters()} == {"segmenter"}
     found = detector.predict(batch_of(2)["image"])
     assert not found.reconstruction.any() and found.parts == {}

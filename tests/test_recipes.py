@@ -16,6 +16,8 @@ from diffad_ref.data import FILTERS, resize_image
 from diffad_ref.detector import Rate, Stage
 from diffad_ref.networks import LatentUNet, adm_unet
 from diffad_ref.one_for_more import Pasting, paste
+from diffad_ref.tools.baselines import SegmentationOnly
+from diffad_ref.tools.reproduce import shortened
 from diffad_ref.training import plan_stages
 
 SAMPLE = Path(__file__).parents[2] / "shared/data/mvtec_ad_sample"
@@ -71,6 +73,13 @@ def test_a_shortened_run_shortens_its_warm_ups_and_still_reaches_its_peak():
     assert rate.warmup == 2 and stage.steps == 200
     found = [rate.at(step, 200) for step in range(200)]
     assert max(found) == rate.peak and found[-1] == pytest.approx(0.25 * rate.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("length", [{"steps": 1000}, {"steps": None, "epochs": 1000}])
+def test_a_budget_shortens_warm_ups_too(length):
+    stage = Stage("s", batch_size=4, lr={"a": Rate(1.0, warmup=100)}, **length)
+    found = shortened(stage, 0.05)
+    assert (found.steps or found.epochs) == 50 and found.lr["a"].warmup == 5
 
 
 # ----------------------------------------------------------------------------------------- starts
@@ -235,7 +244,7 @@ def test_augmentation_changes_as_many_labelled_pixels_as_the_page_says():
 # ------------------------------------------------------------------------------ the small profiles
 
 
-@pytest.mark.parametrize("method", [da.DiffusionAD, da.DecoDiff, da.OneForMore])
+@pytest.mark.parametrize("method", [da.DiffusionAD, SegmentationOnly, da.DecoDiff, da.OneForMore])
 def test_small_profiles_keep_their_weights_small_and_learn(method, mvtec_root):
     whole = method.small()
     learning = [p for group in whole.parameter_groups() for p in group["params"]]

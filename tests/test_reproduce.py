@@ -175,12 +175,21 @@ def test_diffusion_ad_trains_a_model_for_each_category(root, tmp_path, capsys):
     assert (out / "table.md").read_text().strip() == printed.strip()
     found = table(out)
     assert found["steps"] == 4 and found["profile"] == "tiny"
+    assert found["images"] == "at least as many as the data set has"
     for category in ("bottle", "transistor"):
         assert da.load(out / category / "weights").categories == (category,)
     assert [row["category"] for row in found["categories here"]] == ["bottle", "transistor"]
     means = [row["image_auroc"] for row in found["categories here"]]
     assert found["mean"]["here"]["image_auroc"] == pytest.approx(sum(means) / 2)
     assert found["mean"]["protocol"]["aupro"] != found["mean"]["here"]["aupro"]
+
+
+def test_a_table_says_where_nobody_knows_how_many_images_there_are(mvtec_root, tmp_path):
+    (mvtec_root / "bottle").rename(mvtec_root / "tubes")
+    out = tmp_path / "run"
+    more = ("--only", "tubes", *TINY, "--set", "segmentation_width=4", "--set", "heads=1")
+    assert main(words("diffusion_ad", "mpdd", mvtec_root, out, *more)) == 0
+    assert "images: as found; how many there are of tubes is not" in (out / "table.md").read_text()
 
 
 def test_a_run_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):

@@ -277,21 +277,14 @@ def far_apart(points: Tensor, count: int, generator: torch.Generator, width: int
 
 
 class SegmentationOnly(DiffusionAD):
-    """DiffusionAD's ablation: the segmentation network sees an empty reconstruction."""
+    """DiffusionAD's ablation: the segmentation network sees an empty reconstruction.
+
+    Of the recipe of its config remains what trains this network: see `without_denoiser`.
+    """
 
     def __init__(self, config: Config | None = None):
-        super().__init__(config)
+        super().__init__(without_denoiser(config) if isinstance(config, Config) else config)
         del self.denoiser
-
-    @classmethod
-    def tiny(cls, **changes) -> SegmentationOnly:
-        """As `DiffusionAD.tiny`, with a recipe for the segmentation network alone."""
-        return cls(without_denoiser(Config.tiny(**changes)))
-
-    @classmethod
-    def paper(cls, **changes) -> SegmentationOnly:
-        """As `DiffusionAD.paper`, with a recipe for the segmentation network alone."""
-        return cls(without_denoiser(Config.paper(**changes)))
 
     def training_loss(self, batch, generator):
         """Scalar "loss" for a batch of normal images, alone and as "mask"."""

@@ -140,9 +140,7 @@ class Train(Command):
     def _detector_and_data(self, config, root: Path):
         photographs, only = self.data == "photographs", {"categories": self.categories}
         found = Photographs if photographs else da.AnomalyFolder(root, cache=False, **only)
-        kind = None
-        if self.no_reconstruction:
-            kind, config = baselines.SegmentationOnly, baselines.without_denoiser(config)
+        kind = baselines.SegmentationOnly if self.no_reconstruction else None
         detector = self.model.detector(config, len(found.categories), self.training.seed, kind)
         if self.textures:
             detector.textures = texture_bank(self.textures)

@@ -125,6 +125,7 @@ class Experiment:
         facts = {
             "command": command,
             "categories": f"{sum(map(len, setting.groups))} of {sum(map(len, whole.groups))}",
+            "images": _completeness(setting),
             "profile": self.profile,
             "share of the recipe": share if self.training.get("steps") is None else "see steps",
             "steps": found.pop("steps"),
@@ -184,6 +185,14 @@ class Experiment:
         }
 
 
+def _completeness(setting: Setting) -> str:
+    """Whether `check_data` could tell that no image is missing."""
+    unknown = [name for group in setting.groups for name in group if name not in IMAGES]
+    if unknown:
+        return f"as found; how many there are of {', '.join(unknown)} is not known to us"
+    return "at least as many as the data set has"
+
+
 def _start_of(detector: Detector) -> str:
     """What its networks know before the first step."""
     name, *_ = getattr(detector, "started_from", None) or [None]  # a file, and its size
@@ -194,10 +203,9 @@ def shortened(stage: da.Stage, share: float) -> da.Stage:
     """A stage of a share of its length, with its warm-ups."""
     if share == 1:
         return stage
-    if stage.steps is None:
-        return replace(stage, epochs=max(1, round(stage.epochs * share)))
+    length = "epochs" if stage.steps is None else "steps"
     lr = {n: replace(r, warmup=round(r.warmup * share)) for n, r in stage.lr.items()}
-    return replace(stage, steps=max(1, round(stage.steps * share)), lr=lr)
+    return replace(stage, **{length: max(1, round(getattr(stage, length) * share))}, lr=lr)
 
 
 def _share_of(path: Path, identity: dict, share) -> float:
