@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,8 @@ from diffad_ref.continual import Continual
 from diffad_ref.evaluation import Report
 from diffad_ref.tools import plan, tables
 from diffad_ref.tools.protection import protection_table
+from diffad_ref.tools.reproduce import means
+from diffad_ref.tools.settings import setting_of
 
 
 def markdown_table(rows: Sequence[dict], numbers: bool = False) -> str:
@@ -302,6 +305,23 @@ def mean_table(records: Path) -> str:
     reports = {name: tables.from_plain(found[name]["report"]) for name in sorted(found)}
     commands = made_by(line for name in sorted(found) for line in found[name]["commands"])
     return f"{tables.compare(reports, ('image_auroc', 'pixel_ap'))}\n\n{commands}"
+
+
+def reproduced(records: Path) -> str:
+    """What `reproduce` found, beside what is published, from the `table.json` of its runs."""
+    parts, commands = [], []
+    for path in sorted(records.glob("*.json")):
+        run = json.loads(path.read_text())
+        paper, name = shlex.split(run["command"])[4:6]
+        words = (
+            f"**`{paper} {name}`**. {run['categories']} categories, "
+            f"{100 * run['share of the recipe']:.0f} % of the `{run['profile']}` recipe "
+            f"({run['steps']:,} steps), start: {run['start']}, {run['device']}, "
+            f"{run['minutes since the last start']:.0f} minutes with judging."
+        )
+        parts.append(f"{words}\n\n{means(run, setting_of(paper, name))}\n")
+        commands.append(run["command"])
+    return "\n".join([*parts, made_by(commands)])
 
 
 def plan_tables() -> str:

@@ -36,6 +36,7 @@ from generated import (
     mean_table,
     plan_tables,
     reproduce_tables,
+    reproduced,
     result_tables,
     room_section,
     status_section,
@@ -162,6 +163,8 @@ def stage(notebooks: list[Path]) -> None:
         (generated / f"{name}.md").write_text(continual_runs(ROOT / "book" / "records" / name))
     for name in ("mvtec_features", "toy_features"):
         (generated / f"{name}.md").write_text(mean_table(ROOT / "book" / "records" / name))
+    runs = reproduced(ROOT / "book" / "records" / "reproduce")
+    (generated / "reproduced.md").write_text(runs)
     (generated / "plan.md").write_text(plan_tables())
     (generated / "room.md").write_text(room_section())
     (generated / "reproduce.md").write_text(reproduce_tables(plan_table()))

@@ -27,6 +27,7 @@ from generated import (
     mean_table,
     plan_tables,
     reproduce_tables,
+    reproduced,
     result_tables,
     status_section,
     wrapped,
@@ -360,6 +361,26 @@ def test_results_show_the_interval_of_a_mean_beside_it(tmp_path):
         text.count("40.0 (30.0–\N{WORD JOINER}45.0)") == 1
         and "| PCA | 40.0 | 40.0 | 40.0 |" in text
     )
+
+
+def test_what_reproduce_found_stands_beside_what_is_published(tmp_path):
+    metrics = dict.fromkeys(METRICS, 0.25)
+    run = {
+        "command": "python -m diffad_ref reproduce one_for_more 'visa 11-1' --data visa",
+        **{
+            "categories": "12 of 12",
+            "profile": "tiny",
+            "share of the recipe": 0.125,
+            "steps": 1200,
+        },
+        **{"start": "from scratch", "device": "CPU, 1 thread", "minutes since the last start": 7.8},
+        **{"mean": {"here": metrics, "protocol": metrics | {"aupro": 0.5}}, "forgetting": metrics},
+    }
+    (tmp_path / "one.json").write_text(json.dumps(run))
+    text = re.sub(" +", " ", reproduced(tmp_path))
+    assert "**`one_for_more visa 11-1`**. 12 of 12 categories, 12 % of the `tiny` recipe" in text
+    assert "| image AUROC | 25.0 | 25.0 | 88.3 | 25.0 |" in text  # as the paper says
+    assert "| AUPRO | 25.0 | 50.0 | | 25.0 |" in text and "--data visa" in text
 
 
 def test_no_table_of_the_results_is_too_wide_for_a_page():

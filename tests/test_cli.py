@@ -172,6 +172,11 @@ def test_interrupted_training_goes_on_to_the_weights_of_an_unbroken_one(
         load_file(tmp_path / f / "weights.safetensors") for f in ("unbroken", "stopped")
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+    took = [
+        read_description(tmp_path / f / "weights")["record"]["training_seconds"]
+        for f in ("unbroken", "stopped")
+    ]
+    assert took[0] >= 0 and took[1] is None  # of the whole run, or not known
 
 
 # ---------------------------------------------------------------------------------------- evaluate

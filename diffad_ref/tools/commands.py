@@ -56,7 +56,7 @@ from diffad_ref.tools.photographs import Photographs
 from diffad_ref.tools.protection import protection_table
 from diffad_ref.tools.protocols import ORDERS, PROTOCOLS
 from diffad_ref.tools.records import add_to_record, megabytes, versions
-from diffad_ref.training import meet
+from diffad_ref.training import STATE, meet
 
 BASELINES = {"template": baselines.Template, "PCA": baselines.PCA}
 BASELINES["nearest"] = baselines.NearestFeatures
@@ -120,7 +120,7 @@ class Train(Command):
         config = self.model.config()
         root = options.root_of(self.data, config.image_size)
         detector, data = self._detector_and_data(config, root)
-        start = time.time()
+        resumed, start = (self.out / STATE).exists(), time.time()
         with plan.what_fits(detector, self.training.precision):
             history = da.fit(detector, data, out=self.out, **vars(self.training))
         record = {
@@ -128,7 +128,7 @@ class Train(Command):
             "seed": self.training.seed,
             "steps": len(history.rows),
             "precision": precision_on(detector.device, self.training.precision),
-            "minutes_since_last_start": round((time.time() - start) / 60, 1),
+            "training_seconds": None if resumed else round(time.time() - start),  # of the whole run
             "data": {"name": root.name, "images": len(data), "categories": list(data.categories)},
             "versions": versions(),
             "final_losses": history.ending(),
@@ -233,9 +233,8 @@ class Evaluate(Command):
         if self.weights not in BASELINES:
             path = weights_path(self.weights)
             _keep([self.save, self.pictures], [path, path.with_suffix(".json")])
-        start = time.time()
-        detector, data, commands = self._baseline() if self.weights in BASELINES else self._loaded()
-        learned = {"training seconds": time.time() - start} if self.weights in BASELINES else {}
+        found = self._baseline() if self.weights in BASELINES else self._loaded()
+        detector, data, commands, learned = found
         protocol = PROTOCOLS.get(self.protocol)
         with peak_memory(detector.device) as peak:
             report = da.evaluate(
@@ -252,7 +251,7 @@ class Evaluate(Command):
         )
         if self.save:
             entries = {"commands": [*commands, command], "versions": versions(), **found}
-            entries["cost"] = {"megabytes": megabytes(detector)} | learned
+            entries["cost"] = {"megabytes": megabytes(detector), "training seconds": learned}
             write_text(json.dumps(entries, indent=1), self.save)
         if self.record:
             del found["report"]["images"]
@@ -269,7 +268,8 @@ class Evaluate(Command):
             raise ValueError(f"a baseline needs 16 pixels or more, not {self.image_size}")
         root = options.root_of(self.data, self.image_size)
         train, test = (da.AnomalyFolder(root, split, **settings) for split in ("train", "test"))
-        return BASELINES[self.weights]().fit(train), test, []
+        start = time.time()
+        return BASELINES[self.weights]().fit(train), test, [], time.time() - start
 
     def _loaded(self):
         if self.record and self.set:
@@ -281,7 +281,8 @@ class Evaluate(Command):
         detector.to(meet().device)
         record = read_description(self.weights).get("record") or {}
         commands = [record["command"]] if "command" in record else []
-        return detector, detector.folder(root, "test", categories=self.categories), commands
+        data = detector.folder(root, "test", categories=self.categories)
+        return detector, data, commands, record.get("training_seconds")
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,8 @@ def device_name(device: torch.device) -> str:
     """A GPU's name, or how many threads a CPU has for this."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"CPU, {count} thread{'s' * (count > 1)}"
 
 
 def megabytes(module: torch.nn.Module) -> float:

@@ -338,8 +338,11 @@ def _found(report: da.Report, judged: dict, cost: dict, steps: int) -> dict:
     }
 
 
-def _text(title: str, setting: Setting, facts: dict, found: dict) -> str:
-    """The table for people: what was done, the means beside the published ones, and categories."""
+def means(found: dict, setting: Setting) -> tables.Shown:
+    """Means of a run, by exact metrics and the paper's protocol, beside the published ones.
+
+    `found` is what a run's `table.json` holds.
+    """
     rows = []
     for metric in METRICS:
         row = {"mean over categories": tables.HEADERS[metric]}
@@ -348,9 +351,12 @@ def _text(title: str, setting: Setting, facts: dict, found: dict) -> str:
         rows.append(row | {"published": setting.published.get(metric)})
         if found.get("forgetting"):
             rows[-1]["forgotten here"] = found["forgetting"][metric]
-    shares = [key for key in rows[0] if key != "mean over categories"]
+    return tables.rows(rows, percent=[key for key in rows[0] if key != "mean over categories"])
+
+
+def _text(title: str, setting: Setting, facts: dict, found: dict) -> str:
+    """The table for people: what was done, the means beside the published ones, and categories."""
     lines = [f"# {title}", ""]
     lines += [*(f"- {key}: {value}" for key, value in facts.items()), ""]
     by_category = [{m: row[m] for m in ("category", *METRICS)} for row in found["categories here"]]
-    means = tables.rows(rows, percent=shares)
-    return "\n".join([*lines, repr(means), "", repr(tables.rows(by_category))])
+    return "\n".join([*lines, repr(means(found, setting)), "", repr(tables.rows(by_category))])
