@@ -1,5 +1,6 @@
 """Baselines on data whose template and principal components are known; and the ablation."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +231,7 @@ SAMPLE = Path(
     os.environ.get("DIFFAD_MVTEC")
     or Path(__file__).parents[2] / "shared" / "data" / "mvtec_ad_sample"
 )
+RECORDS = Path(__file__).parents[1] / "book" / "records" / "mvtec"
 
 
 @pytest.fixture(scope="module")
@@ -275,3 +277,22 @@ def test_broken_bottles_are_found_from_some_good_ones():
     test.samples = test.samples[::4]
     report = evaluate(NearestFeatures(memory=500, candidates=5000).fit(train), test, progress=False)
     assert report.mean["image_auroc"] > 0.98 and report.mean["pixel_ap"] > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="no MVTec AD; DIFFAD_MVTEC names its folder")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("template", Template),
+        ("PCA", PCA),
+        pytest.param("nearest", NearestFeatures, marks=pytest.mark.long),
+    ],
+)
+def test_results_on_transistors_come_out_as_they_are_recorded(name, kind):
+    train, test = (AnomalyFolder(SAMPLE, split, 256, ["transistor"]) for split in ("train", "test"))
+    found = evaluate(kind().fit(train), test, progress=False).mean
+    record = json.loads((RECORDS / f"{name}.json").read_text())
+    (row,) = (r for r in record["report"]["table"] if r["category"] == "transistor")
+    for metric in ("image_auroc", "pixel_ap"):
+        assert found[metric] == pytest.approx(row[metric], abs=0.01)  # the original is larger

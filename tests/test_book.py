@@ -298,6 +298,9 @@ def test_the_status_says_whether_the_machine_had_other_work(tmp_path, load, word
     path = notebook(tmp_path / "a.ipynb", "# a\n\n*Q?*")
     ran = {"passed": True, "seconds": 3.0, "cores": 2, "load": load, "versions": {}}
     assert words in status_section([path], {"a": ran})
+    assert "2 CPU cores on which 2 notebooks ran at once. " in status_section(
+        [path], {"a": ran | {"at_once": 2}}
+    )
 
 
 def save_record(path: Path, kinds: dict[str, float], **record) -> None:
