@@ -1,8 +1,8 @@
-"""The front door: `python -m diffad_ref` starts `tools.commands`."""
+"""The front door: `python -m diffad_ref` starts `tools.shell`."""
 
 import sys
 
-from diffad_ref.tools.commands import main
+from diffad_ref.tools.shell import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command line, `python -m diffad_ref`: data, train, continual, evaluate, compare, and so on.
+"""What the shell can ask for: data, train, continual, evaluate, compare, plan, reproduce, predict.
 
 Each command is a class. Its fields are the words that may follow it, and `tyro` shows their
 comments as help; `run` does what they say.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import signal
 import sys
 import time
 from collections import Counter
@@ -17,9 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-import tyro
-from pydantic import ValidationError
 from tyro.conf import Positional, arg, create_mutex_group
 
 import diffad_ref as da
@@ -28,7 +23,6 @@ from diffad_ref.checkpoints import (
     claimed,
     read_description,
     read_json,
-    said,
     sweep,
     try_writing,
     weights_path,
@@ -437,47 +431,3 @@ def _rows(table: tables.Shown) -> list[dict]:
     """Its cells as JSON knows them, fractions as they are."""
     frame = table.frame.reset_index()
     return json.loads(frame.to_json(orient="records", double_precision=15))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns 0, 2 with a message when the input is at fault, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # so it was while all was loaded
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    chosen = tyro.cli(
-        Data | Train | Continual | Evaluate | Compare | Plan | Reproduce | Predict,
-        prog="python -m diffad_ref",
-        description="Find defects with diffusion models. Exit codes: 0 done, 2 the input is at "
-        "fault (a message says how), 130 interrupted.",
-        args=argv,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
-    )
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any sign
-    try:
-        if chosen.threads:
-            torch.set_num_threads(chosen.threads)
-        chosen.run("python -m diffad_ref " + shlex.join(argv))
-        if sys.stdout:  # a shell may have closed it
-            sys.stdout.flush()  # here, where a reader that is gone is known
-    except BrokenPipeError:  # whoever read has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (MemoryError, RuntimeError) as error:  # of a training on a GPU, `fit` says it better
-        on_gpu = isinstance(error, torch.cuda.OutOfMemoryError)
-        if not (on_gpu or isinstance(error, MemoryError) or "t allocate memory" in str(error)):
-            raise
-        words = (
-            f"the {'GPU' if on_gpu else 'computer'}'s memory is too small for this: try a smaller"
-        )
-        print(f"diffad_ref: {words} --batch-size, or --precision\n{error}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, ImportError) as error:
-        words = said(error) if isinstance(error, ValidationError) else str(error)
-        words = words.rsplit(f"\n{type(error).__name__}: ", 1)[-1]  # of a process that loads
-        print(f"diffad_ref: {words.rstrip()}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("diffad_ref: stopped; a training goes on where it was saved", file=sys.stderr)
-        return 130
-    return 0
