@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -85,7 +84,7 @@ def _machine(runs: Sequence[dict]) -> str:
     cores = sorted({run["cores"] for run in runs})
     words = f"The times are those of {' or '.join(map(str, cores))} CPU cores"
     at_once = max(run.get("at_once", 1) for run in runs)
-    words += f" on which {at_once} notebooks ran at once. " if at_once > 1 else ". "
+    words += f", where up to {at_once} notebooks ran at once. " if at_once > 1 else ". "
     loads = [(run["load"], run["cores"]) for run in runs if "load" in run]
     busy = [load for load, count in loads if load > 1.25 * count]
     if busy:
@@ -314,11 +313,12 @@ def reproduced(records: Path) -> str:
     parts, commands = [], []
     for path in sorted(records.glob("*.json")):
         run = json.loads(path.read_text())
-        paper, name = shlex.split(run["command"])[4:6]
+        paper, name, share = run["paper"], run["setting"], run["share of the recipe"]
+        how = "a part" if isinstance(share, str) else f"{100 * share:.0f} %"  # with --steps
         words = (
             f"**`{paper} {name}`**. {run['categories']} categories, "
-            f"{100 * run['share of the recipe']:.0f} % of the `{run['profile']}` recipe "
-            f"({run['steps']:,} steps), start: {run['start']}, {run['device']}, "
+            f"{how} of the `{run['profile']}` recipe ({run['steps']:,} steps), "
+            f"start: {run['start']}, {run['device']}, "
             f"{run['minutes since the last start']:.0f} minutes with judging."
         )
         parts.append(f"{words}\n\n{means(run, setting_of(paper, name))}\n")

@@ -5,8 +5,9 @@
     python book/make.py run 03     run those whose names begin so
     python book/make.py pages      build what changed of the pages, from what has run so far
 
-A notebook runs once for both: the executed copy is kept in `build/notebooks` together with the
-fingerprint of everything that its result depends on, and the book is made from those copies.
+As many notebooks run at once as there are cores, up to four. A notebook runs once for both: the
+executed copy is kept in `build/notebooks` together with the fingerprint of everything that its
+result depends on, and the book is made from those copies.
 """
 
 from __future__ import annotations

@@ -180,6 +180,8 @@ def test_recipe_of_the_ablation_is_one_stage_with_all_steps_that_segmentation_ha
     assert stage == replace(config.stages[1], steps=2000 + 400)
     (stage,) = without_denoiser(Config.paper()).stages
     assert (stage.epochs, set(stage.lr)) == (3000, {"segmenter"})
+    with pytest.raises(ValueError, match="no stage of the recipe trains the segmenter"):
+        SegmentationOnly(replace(config, stages=config.stages[:1]))
     with torch.device("meta"):
         assert SegmentationOnly.tiny(image_size=32).config == without_denoiser(Config.tiny(32))
         assert SegmentationOnly.paper().config == without_denoiser(Config.paper())
@@ -295,4 +297,4 @@ def test_results_on_transistors_come_out_as_they_are_recorded(name, kind):
     record = json.loads((RECORDS / f"{name}.json").read_text())
     (row,) = (r for r in record["report"]["table"] if r["category"] == "transistor")
     for metric in ("image_auroc", "pixel_ap"):
-        assert found[metric] == pytest.approx(row[metric], abs=0.01)  # the original is larger
+        assert found[metric] == pytest.approx(row[metric], abs=0.01)  # or images of 900 pixels

@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,8 @@ def test_commands_in_the_readme_are_targets_of_the_makefile():
 
 def test_continuous_integration_runs_the_readme_command_then_the_book():
     commands = (ROOT / ".ci/run").read_text().splitlines()
-    assert [line for line in commands if line.startswith("make")] == ["make test", "make book"]
+    made = [line.partition(" >")[0] for line in commands if line.startswith("make")]
+    assert made == ["make test", "make book"]
 
 
 def test_the_repository_has_one_address():
@@ -281,6 +283,30 @@ def test_a_notebook_whose_executed_copy_is_gone_runs_again(project):
     assert make.has_to_run(path, record)
 
 
+def test_notebooks_share_the_cores_and_each_is_recorded(project, monkeypatch):
+    root, path, _ = project
+    other, asked = notebook(root / "02_b.ipynb", "# B"), []
+
+    def pytest_that_fails_the_second(command, cwd, env):
+        asked.append((command, env["OMP_NUM_THREADS"]))
+        cases = '<testcase name="01_a.ipynb" time="3"/>'
+        cases += '<testcase name="02_b.ipynb" time="4"><failure/></testcase>'
+        (root / "notebooks.xml").write_text(f"<testsuites>{cases}</testsuites>")
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(make, "BUILD", root)
+    monkeypatch.setattr(make, "RECORD", root / "notebooks.json")
+    monkeypatch.setattr(make.os, "cpu_count", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(make.subprocess, "run", pytest_that_fails_the_second)
+    assert not make.run([path, other])
+    ((command, threads),) = asked
+    assert command[command.index("-n") + 1] == "2" and threads == "2"
+    record = make.read_record()
+    assert record["01_a"]["passed"] and record["01_a"]["at_once"] == 2
+    assert not record["02_b"]["passed"] and record["02_b"]["seconds"] == 4
+
+
 # --------------------------------------------------------------------------------- generated pages
 
 
@@ -298,7 +324,7 @@ def test_the_status_says_whether_the_machine_had_other_work(tmp_path, load, word
     path = notebook(tmp_path / "a.ipynb", "# a\n\n*Q?*")
     ran = {"passed": True, "seconds": 3.0, "cores": 2, "load": load, "versions": {}}
     assert words in status_section([path], {"a": ran})
-    assert "2 CPU cores on which 2 notebooks ran at once. " in status_section(
+    assert "2 CPU cores, where up to 2 notebooks ran at once. " in status_section(
         [path], {"a": ran | {"at_once": 2}}
     )
 
@@ -369,7 +395,7 @@ def test_results_show_the_interval_of_a_mean_beside_it(tmp_path):
 def test_what_reproduce_found_stands_beside_what_is_published(tmp_path):
     metrics = dict.fromkeys(METRICS, 0.25)
     run = {
-        "command": "python -m diffad_ref reproduce one_for_more 'visa 11-1' --data visa",
+        **{"paper": "one_for_more", "setting": "visa 11-1", "command": "reproduce --data visa"},
         **{
             "categories": "12 of 12",
             "profile": "tiny",
@@ -384,6 +410,9 @@ def test_what_reproduce_found_stands_beside_what_is_published(tmp_path):
     assert "**`one_for_more visa 11-1`**. 12 of 12 categories, 12 % of the `tiny` recipe" in text
     assert "| image AUROC | 25.0 | 25.0 | 88.3 | 25.0 |" in text  # as the paper says
     assert "| AUPRO | 25.0 | 50.0 | | 25.0 |" in text and "--data visa" in text
+    run["share of the recipe"] = "see steps"  # as of a run with --steps
+    (tmp_path / "one.json").write_text(json.dumps(run))
+    assert "a part of the `tiny` recipe (1,200 steps)" in reproduced(tmp_path)
 
 
 def test_no_table_of_the_results_is_too_wide_for_a_page():

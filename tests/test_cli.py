@@ -225,7 +225,9 @@ def test_saved_report_says_how_it_came_to_be_and_can_be_compared(run, mvtec_root
         assert command("evaluate", run / "weights", mvtec_root, *words) == 0
     saved = json.loads((tmp_path / "first.json").read_text())
     trained, evaluated = saved["commands"]
-    assert trained == read_description(run / "weights")["record"]["command"]
+    record = read_description(run / "weights")["record"]
+    assert trained == record["command"]
+    assert saved["cost"]["training seconds"] == record["training_seconds"] is not None
     assert evaluated.startswith("python -m diffad_ref evaluate ")
     assert evaluated.endswith(shlex.join(["--save", str(tmp_path / "first.json"), "--seed", "0"]))
     assert saved["versions"]["torch"] == torch.__version__

@@ -175,7 +175,7 @@ def test_diffusion_ad_trains_a_model_for_each_category(root, tmp_path, capsys):
     assert (out / "table.md").read_text().strip() == printed.strip()
     found = table(out)
     assert found["steps"] == 4 and found["profile"] == "tiny"
-    assert found["images"] == "at least as many as the data set has"
+    assert found["images"] == "complete, by the counts that the data set states"
     for category in ("bottle", "transistor"):
         assert da.load(out / category / "weights").categories == (category,)
     assert [row["category"] for row in found["categories here"]] == ["bottle", "transistor"]

@@ -23,7 +23,8 @@ START = "one_for_more_photographs"  # knows no product, and is judged by none
 JUDGED = [name for name in NAMES if name != START]
 TOY = ("diffusion_ad_toy", "diffusion_ad_toy_segmentation_only")
 RECORDS = Path(__file__).parent.parent / "book" / "records"
-OTHERS = ("continual", "gaps")  # of runs of several tasks, and of what a mask lets through
+# Of runs of several tasks, of what `reproduce` found, and of what a mask lets through.
+OTHERS = ("continual", "reproduce", "gaps")
 REPORTS = [
     path
     for path in RECORDS.glob("*/*.json")

@@ -300,6 +300,8 @@ class SegmentationOnly(DiffusionAD):
 def without_denoiser(config: Config) -> Config:
     """The recipe of the ablation: one stage for the segmentation network, with as many steps."""
     stages = [stage for stage in config.stages if "segmenter" in stage.lr]
+    if not stages:
+        raise ValueError("no stage of the recipe trains the segmenter")
     alone = {"segmenter": stages[0].lr["segmenter"]}
     steps = None if stages[0].steps is None else sum(stage.steps for stage in stages)
     return replace(config, stages=(replace(stages[0], steps=steps, lr=alone),))

@@ -114,7 +114,8 @@ class Train(Command):
         config = self.model.config()
         root = options.root_of(self.data, config.image_size)
         detector, data = self._detector_and_data(config, root)
-        resumed, start = (self.out / STATE).exists(), time.time()
+        resumed, start, path = (self.out / STATE).exists(), time.time(), self.out / "weights"
+        known = (read_description(path)["record"] or {}) if weights_path(path).exists() else {}
         with plan.what_fits(detector, self.training.precision):
             history = da.fit(detector, data, out=self.out, **vars(self.training))
         record = {
@@ -122,13 +123,15 @@ class Train(Command):
             "seed": self.training.seed,
             "steps": len(history.rows),
             "precision": precision_on(detector.device, self.training.precision),
-            "training_seconds": None if resumed else round(time.time() - start),  # of the whole run
+            "training_seconds": known.get("training_seconds"),  # of the whole run
             "data": {"name": root.name, "images": len(data), "categories": list(data.categories)},
             "versions": versions(),
             "final_losses": history.ending(),
         }
+        if not resumed:
+            record["training_seconds"] = round(time.time() - start)
         # Half the size; what a run needs to go on is kept in full beside it.
-        path = da.save(detector, self.out / "weights", record, half=True)
+        path = da.save(detector, path, record, half=True)
         self.show({"weights": path} | record, path)
 
     def _detector_and_data(self, config, root: Path):
@@ -227,8 +230,8 @@ class Evaluate(Command):
         if self.weights not in BASELINES:
             path = weights_path(self.weights)
             _keep([self.save, self.pictures], [path, path.with_suffix(".json")])
-        found = self._baseline() if self.weights in BASELINES else self._loaded()
-        detector, data, commands, learned = found
+        prepare = self._baseline if self.weights in BASELINES else self._loaded
+        detector, data, commands, learned = prepare()
         protocol = PROTOCOLS.get(self.protocol)
         with peak_memory(detector.device) as peak:
             report = da.evaluate(
@@ -255,6 +258,7 @@ class Evaluate(Command):
             write_whole(self.pictures, lambda path: figure.savefig(path, format="png", dpi=150))
 
     def _baseline(self):
+        """A baseline that has learned, its test set, no commands, and seconds to learn."""
         if self.set or self.record:
             raise ValueError("--set and --record are for weights, not for a baseline")
         settings = {"image_size": self.image_size, "categories": self.categories}
@@ -266,6 +270,7 @@ class Evaluate(Command):
         return BASELINES[self.weights]().fit(train), test, [], time.time() - start
 
     def _loaded(self):
+        """A detector, its test set, the commands behind it, and seconds to learn, if known."""
         if self.record and self.set:
             raise ValueError("--record is for the weights as they are: with --set use --save")
         detector = da.load(self.weights)

@@ -138,7 +138,8 @@ class Experiment:
         }
         text = _text(f"{self.paper}, {self.name}", setting, facts, found)
         if meet().is_main_process:
-            write_text(json.dumps(facts | found, indent=1), self.out / "table.json")
+            what = {"paper": self.paper, "setting": self.name}
+            write_text(json.dumps(what | facts | found, indent=1), self.out / "table.json")
             entries = {"commands": [command], "versions": versions(), "cost": found["cost"]}
             entries |= {"report": tables.to_plain(report)}  # as `evaluate --save`, for `compare`
             write_text(json.dumps(entries, indent=1), self.out / "report.json")
@@ -190,7 +191,7 @@ def _completeness(setting: Setting) -> str:
     unknown = [name for group in setting.groups for name in group if name not in IMAGES]
     if unknown:
         return f"as found; how many there are of {', '.join(unknown)} is not known to us"
-    return "at least as many as the data set has"
+    return "complete, by the counts that the data set states"
 
 
 def _start_of(detector: Detector) -> str:
