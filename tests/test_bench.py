@@ -11,6 +11,7 @@ from bench.command import TOPICS, chosen, main
 from bench.maps import anomaly_maps
 from bench.table import Row, to_markdown
 from diffad_ref import DecoDiff, DiffusionAD, OneForMore
+from diffad_ref.tools.records import device_name
 
 CPU = torch.device("cpu")
 
@@ -59,7 +60,7 @@ def test_command_writes_the_table_and_its_rows_as_json(tmp_path, monkeypatch, ca
     assert text.startswith(f"**torch {torch.__version__}, device cpu, {threads} threads, CPU ")
     assert "| svd | nothing | 1 s |" in text and text in capsys.readouterr().out
     record = json.loads((tmp_path / "rows.json").read_text())
-    assert record["device"] == f"CPU, {threads} threads"
+    assert record["device"] == device_name(torch.device("cpu"))
     assert record["versions"]["torch"] == torch.__version__
     assert record["rows"] == [Row("svd", "nothing", 1.0).to_dict()]
 
