@@ -82,9 +82,7 @@ def _machine(runs: Sequence[dict]) -> str:
     if not runs:
         return ""
     cores = sorted({run["cores"] for run in runs})
-    words = f"The times are those of {' or '.join(map(str, cores))} CPU cores"
-    at_once = max(run.get("at_once", 1) for run in runs)
-    words += f", where up to {at_once} notebooks ran at once. " if at_once > 1 else ". "
+    words = f"The times are those of {' or '.join(map(str, cores))} CPU cores. "
     loads = [(run["load"], run["cores"]) for run in runs if "load" in run]
     busy = [load for load, count in loads if load > 1.25 * count]
     if busy:

@@ -5,9 +5,8 @@
     python book/make.py run 03     run those whose names begin so
     python book/make.py pages      build what changed of the pages, from what has run so far
 
-As many notebooks run at once as there are cores, up to four. A notebook runs once for both: the
-executed copy is kept in `build/notebooks` together with the fingerprint of everything that its
-result depends on, and the book is made from those copies.
+A notebook runs once for both: the executed copy is kept in `build/notebooks` together with the
+fingerprint of everything that its result depends on, and the book is made from those copies.
 """
 
 from __future__ import annotations
@@ -94,13 +93,8 @@ def run(notebooks: list[Path]) -> bool:
     command = [sys.executable, "-m", "pytest", "-v", "--nbmake", "--overwrite"]
     command += ["--nbmake-kernel=python3", f"--junitxml={report}"]
     command += ["--nbmake-timeout=1200"]  # seconds a cell, for machines that are busy
-    cores = os.cpu_count() or 1
-    at_once = min(4, cores, len(notebooks))
-    command += ["-n", str(at_once)] if at_once > 1 else []
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} if at_once > 1 else {}
     keys = {notebook.stem: fingerprint(notebook) for notebook in notebooks}
-    files = [str(EXECUTED / notebook.name) for notebook in notebooks]
-    done = subprocess.run(command + files, cwd=ROOT, env=threads | os.environ)
+    done = subprocess.run(command + [str(EXECUTED / n.name) for n in notebooks], cwd=ROOT)
 
     for case in ElementTree.parse(report).iter("testcase"):
         name = Path(case.get("name") or case.get("classname")).stem
@@ -109,8 +103,7 @@ def run(notebooks: list[Path]) -> bool:
             "passed": case.find("failure") is None and case.find("error") is None,
             "seconds": float(case.get("time")),
             "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            "cores": cores,
-            "at_once": at_once,  # notebooks
+            "cores": os.cpu_count(),
             "load": os.getloadavg()[1],  # processes that wanted to run, in the last five minutes
             "versions": versions(),
         }

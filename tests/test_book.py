@@ -283,12 +283,12 @@ def test_a_notebook_whose_executed_copy_is_gone_runs_again(project):
     assert make.has_to_run(path, record)
 
 
-def test_notebooks_share_the_cores_and_each_is_recorded(project, monkeypatch):
+def test_what_each_notebook_came_to_is_recorded(project, monkeypatch):
     root, path, _ = project
-    other, asked = notebook(root / "02_b.ipynb", "# B"), []
+    other = notebook(root / "02_b.ipynb", "# B")
 
-    def pytest_that_fails_the_second(command, cwd, env):
-        asked.append((command, env["OMP_NUM_THREADS"]))
+    def pytest_that_fails_the_second(command, cwd):
+        assert command[-2:] == [str(root / "executed" / n.name) for n in (path, other)]
         cases = '<testcase name="01_a.ipynb" time="3"/>'
         cases += '<testcase name="02_b.ipynb" time="4"><failure/></testcase>'
         (root / "notebooks.xml").write_text(f"<testsuites>{cases}</testsuites>")
@@ -296,14 +296,10 @@ def test_notebooks_share_the_cores_and_each_is_recorded(project, monkeypatch):
 
     monkeypatch.setattr(make, "BUILD", root)
     monkeypatch.setattr(make, "RECORD", root / "notebooks.json")
-    monkeypatch.setattr(make.os, "cpu_count", lambda: 4)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(make.subprocess, "run", pytest_that_fails_the_second)
     assert not make.run([path, other])
-    ((command, threads),) = asked
-    assert command[command.index("-n") + 1] == "2" and threads == "2"
     record = make.read_record()
-    assert record["01_a"]["passed"] and record["01_a"]["at_once"] == 2
+    assert record["01_a"]["passed"] and record["01_a"]["key"] == make.fingerprint(path)
     assert not record["02_b"]["passed"] and record["02_b"]["seconds"] == 4
 
 
@@ -324,9 +320,6 @@ def test_the_status_says_whether_the_machine_had_other_work(tmp_path, load, word
     path = notebook(tmp_path / "a.ipynb", "# a\n\n*Q?*")
     ran = {"passed": True, "seconds": 3.0, "cores": 2, "load": load, "versions": {}}
     assert words in status_section([path], {"a": ran})
-    assert "2 CPU cores, where up to 2 notebooks ran at once. " in status_section(
-        [path], {"a": ran | {"at_once": 2}}
-    )
 
 
 def save_record(path: Path, kinds: dict[str, float], **record) -> None:
