@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import diffad_ref
 from diffad_ref.__main__ import main
-from diffad_ref.checkpoints import load, read_description, read_metadata
+from diffad_ref.checkpoints import load, read_description, read_metadata, save
 from diffad_ref.data import AnomalyFolder
 from diffad_ref.diffusion_ad import DiffusionAD
 from diffad_ref.evaluation import evaluate
@@ -177,6 +177,11 @@ def test_interrupted_training_goes_on_to_the_weights_of_an_unbroken_one(
         for f in ("unbroken", "stopped")
     ]
     assert took[0] >= 0 and took[1] is None  # of the whole run, or not known
+    assert command(*words, tmp_path / "unbroken") == 0  # nothing is left to do
+    record = read_description(tmp_path / "unbroken" / "weights")["record"]
+    assert record["training_seconds"] == took[0]
+    save(load(tmp_path / "stopped" / "weights"), tmp_path / "stopped" / "weights")  # no record
+    assert command(*words, tmp_path / "stopped") == 0
 
 
 # ---------------------------------------------------------------------------------------- evaluate

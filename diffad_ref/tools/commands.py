@@ -115,7 +115,8 @@ class Train(Command):
         root = options.root_of(self.data, config.image_size)
         detector, data = self._detector_and_data(config, root)
         resumed, start, path = (self.out / STATE).exists(), time.time(), self.out / "weights"
-        known = (read_description(path)["record"] or {}) if weights_path(path).exists() else {}
+        there = path.with_suffix(".json").exists()
+        known = (read_description(path).get("record") if there else None) or {}
         with plan.what_fits(detector, self.training.precision):
             history = da.fit(detector, data, out=self.out, **vars(self.training))
         record = {
